@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every tile and AVX-512 instruction of the tile kernels, once, with a portable body of the same meaning. A file that
+// defines RESNET_FUSED_AMX before including this gets the instructions and must be compiled for them.
+//
+// Eight tiles of 16 rows x 64 bytes: 0-3 accumulate fp32, 4-5 hold A (16 pixels x 32 bf16), 6-7 hold B (16 channel
+// pairs x 16 filters x 2). Tile numbers are compile-time constants, as the instructions want.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef RESNET_FUSED_AMX
+// GCC 12 takes the undefined operand inside its own intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#else
+#include "simd.h"
+#endif
+
+namespace resnet_fused {
+namespace RESNET_FUSED_TILES {
+
+#ifdef RESNET_FUSED_AMX
+
+struct alignas(64) Tiles {
+  // Configures this thread's tiles, which clears them; the destructor gives the state back.
+  Tiles() {
+    struct alignas(64) Config {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    static_assert(sizeof(Config) == 64, "the instruction reads 64 bytes");
+    // GCC 12 believes that only 8 bytes are read and may drop the rest.
+    asm volatile("" ::"r"(&config) : "memory");
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+
+  // Begin a block with its first k-step, two A tiles of 16 rows each times two B tiles of 1 KB each, and store the block
+  // before it. A store behind the last product would wait for it; between the next block's loads it waits for nothing.
+  inline void first(const unsigned char* a, int64_t row_bytes, const unsigned char* b, float* c) {
+    _tile_loadd(4, a, row_bytes);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_loadd(5, a + 16 * row_bytes, row_bytes);
+    _tile_stored(0, c, 128);
+    _tile_zero(0);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stored(1, c + 16, 128);
+    _tile_zero(1);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_stored(2, c + 16 * 32, 128);
+    _tile_zero(2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_stored(3, c + 16 * 32 + 16, 128);
+    _tile_zero(3);
+    _tile_dpbf16ps(3, 5, 7);
+    asm volatile("" ::: "memory");
+  }
+  // A further k-step.
+  inline void step(const unsigned char* a, int64_t row_bytes, const unsigned char* b) {
+    _tile_loadd(4, a, row_bytes);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a + 16 * row_bytes, row_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  // Accumulators as 32 rows of 32 floats.
+  inline void store(float* c) {
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    _tile_stored(2, c + 16 * 32, 128);
+    _tile_stored(3, c + 16 * 32 + 16, 128);
+    asm volatile("" ::: "memory");
+  }
+};
+
+
+// BatchNorm of 32 filters, the bits of those that exist, and what follows it.
+struct Epilogue {
+  __m512 scale[2], shift[2];
+  uint32_t mask;
+  bool relu;
+
+  inline Epilogue(const float* scale_, const float* shift_, uint32_t mask_, bool relu_) : mask(mask_), relu(relu_) {
+    for (int h = 0; h < 2; ++h) {
+      scale[h] = _mm512_loadu_ps(scale_ + 16 * h);
+      shift[h] = _mm512_loadu_ps(shift_ + 16 * h);
+    }
+  }
+
+  // One pixel: 32 sums to 32 outputs; residual may be null.
+  inline void operator()(const float* c, const uint16_t* residual, uint16_t* out) const {
+    __m512 v0 = _mm512_fmadd_ps(_mm512_load_ps(c), scale[0], shift[0]);
+    __m512 v1 = _mm512_fmadd_ps(_mm512_load_ps(c + 16), scale[1], shift[1]);
+    if (residual != nullptr) {
+      const __m512i r = _mm512_maskz_loadu_epi16(mask, residual);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(r));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(r, 1));
+      v0 = _mm512_add_ps(v0, _mm512_castsi512_ps(_mm512_slli_epi32(low, 16)));
+      v1 = _mm512_add_ps(v1, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
+    }
+    if (relu) {
+      // The second operand is returned if either is NaN.
+      v0 = _mm512_max_ps(_mm512_setzero_ps(), v0);
+      v1 = _mm512_max_ps(_mm512_setzero_ps(), v1);
+    }
+    _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0)));
+  }
+};
+
+#else
+
+struct Tiles {
+  float acc[32 * 32] = {};
+
+  void first(const unsigned char* a, int64_t row_bytes, const unsigned char* b, float* c) {
+    store(c);
+    std::memset(acc, 0, sizeof(acc));
+    step(a, row_bytes, b);
+  }
+  void step(const unsigned char* a, int64_t row_bytes, const unsigned char* b) {
+    for (int m = 0; m < 32; ++m) {
+      uint16_t x[32], w[2];
+      std::memcpy(x, a + m * row_bytes, 64);
+      for (int n = 0; n < 32; ++n) {
+        for (int pair = 0; pair < 16; ++pair) {
+          std::memcpy(w, b + (n / 16) * 1024 + pair * 64 + (n % 16) * 4, 4);
+          acc[m * 32 + n] += bf16_to_float(x[2 * pair]) * bf16_to_float(w[0]);
+          acc[m * 32 + n] += bf16_to_float(x[2 * pair + 1]) * bf16_to_float(w[1]);
+        }
+      }
+    }
+  }
+  void store(float* c) const { std::memcpy(c, acc, sizeof(acc)); }
+};
+
+struct Epilogue {
+  const float *scale, *shift;
+  uint32_t mask;
+  bool relu;
+
+  void operator()(const float* c, const uint16_t* residual, uint16_t* out) const {
+    for (int n = 0; n < 32; ++n) {
+      if ((mask >> n & 1u) == 0) continue;
+      float v = c[n] * scale[n] + shift[n];
+      if (residual != nullptr) v += bf16_to_float(residual[n]);
+      if (relu) v = v < 0.0f ? 0.0f : v;
+      out[n] = float_to_bf16(v);
+    }
+  }
+};
+
+#endif
+
+}  // namespace RESNET_FUSED_TILES
+}  // namespace resnet_fused

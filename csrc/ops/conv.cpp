@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "conv.h"
+
+#include "conv_plan.h"
+#include "conv_runner.h"
+
+namespace resnet_fused {
+namespace {
+
+bool is_channels_last(const Tensor& t) {
+  const Sizes want = channels_last_strides(t.shape());
+  for (int64_t i = 0; i < 4; ++i) {
+    if (t.size(i) > 1 && t.stride(i) != want[static_cast<size_t>(i)]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Tensor to_channels_last(const Tensor& x) {
+  if (is_channels_last(x)) {
+    // Strides of size-1 dimensions are free; give them the usual values.
+    const Sizes sizes = x.shape(), strides = channels_last_strides(sizes);
+    int64_t offset = 0;
+    check_torch(aoti_torch_get_storage_offset(x.handle(), &offset), "storage offset");
+    AtenTensorHandle h = nullptr;
+    check_torch(aoti_torch__reinterpret_tensor(x.handle(), 4, sizes.data(), strides.data(), offset, &h), "view");
+    return Tensor(h);
+  }
+  Tensor copy = empty_channels_last(x.shape(), dtype_of(x), x);
+  check_torch(aoti_torch_copy_(copy.handle(), x.handle(), 0), "layout conversion");
+  return copy;
+}
+
+namespace {
+
+Conv read_rest(Args& args, const char* name, Tensor weight) {
+  Conv c;
+  c.name = name;
+  c.weight = std::move(weight);
+  c.bias = args.optional_tensor();
+  c.bn_weight = args.optional_tensor();
+  c.bn_bias = args.optional_tensor();
+  c.running_mean = args.optional_tensor();
+  c.running_var = args.optional_tensor();
+  c.eps = args.number();
+  const Sizes g = args.integers();
+  if (!c.present()) return c;
+  require(g.size() == 7, name, "geometry must be 7 integers (stride, padding, dilation of H and W, groups), got ",
+          g.size());
+  for (size_t i = 0; i < 2; ++i) {
+    c.stride[i] = g[i];
+    c.padding[i] = g[2 + i];
+    c.dilation[i] = g[4 + i];
+  }
+  c.groups = g[6];
+  return c;
+}
+
+}  // namespace
+
+Conv read_conv(Args& args, const char* name) { return read_rest(args, name, args.tensor()); }
+Conv read_optional_conv(Args& args, const char* name) { return read_rest(args, name, args.optional_tensor()); }
+
+Tensor run_chain(const Chain& chain) {
+  const Sizes out_sizes = check_chain(chain);
+  const DType dtype = dtype_of(chain.x);
+  const int64_t N = out_sizes[0];
+  if (N == 0) return empty_channels_last(out_sizes, dtype, chain.x);
+  const Tensor x = to_channels_last(chain.x);
+  const Tensor residual = chain.residual.defined() ? to_channels_last(chain.residual) : Tensor();
+
+  std::vector<ConvRunner> runners;
+  Sizes sizes = x.shape();
+  int64_t most = 0;  // elements per image of the largest input and output pair
+  for (const Conv& conv : chain.convs) {
+    runners.emplace_back(conv, sizes, dtype);
+    const Sizes next = conv.out_sizes(sizes);
+    most = std::max(most, sizes[1] * sizes[2] * sizes[3] + next[1] * next[2] * next[3]);
+    sizes = next;
+  }
+  std::vector<ConvRunner> project;
+  if (chain.downsample.present()) project.emplace_back(chain.downsample, x.shape(), dtype);
+
+  uint32_t threads = 1;
+  check_torch(torch_get_num_threads(&threads), "thread count");
+  const int64_t piece = images_per_piece(N, most * item_size(dtype), threads);
+  // A chain in one piece needs no output of its own: the last convolution's is the result.
+  Tensor y = piece < N ? empty_channels_last(out_sizes, dtype, x) : Tensor();
+  Tensor last;
+  for (int64_t n = 0; n < N; n += piece) {
+    const int64_t count = std::min(piece, N - n);
+    const Tensor xs = images(x, n, count);
+    Tensor h = xs.share();
+    for (size_t i = 0; i + 1 < runners.size(); ++i) h = runners[i](h, Tensor(), true, Tensor());
+    Tensor shortcut;
+    if (!project.empty()) {
+      shortcut = project[0](xs, Tensor(), false, Tensor());
+    } else if (residual.defined()) {
+      shortcut = images(residual, n, count);
+    } else if (chain.add_x) {
+      shortcut = xs.share();
+    }
+    last = runners.back()(h, shortcut, chain.relu, y.defined() ? images(y, n, count) : Tensor());
+  }
+  return y.defined() ? std::move(y) : std::move(last);
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "conv_runner.h"
+
+#include "../kernels/conv_bn_act.h"
+#include "conv_plan.h"
+
+namespace resnet_fused {
+namespace {
+
+// Elements a thread gets at least in an elementwise pass.
+constexpr int64_t kGrain = 16384;
+
+Tensor widen(const Tensor& t) {
+  Tensor out = empty_channels_last(t.shape(), DType::f32, t);
+  const void* in = t.data();
+  const DType dtype = dtype_of(t);
+  auto* to = static_cast<float*>(out.mutable_data());
+  parallel_for(t.numel(), kGrain, [&](int64_t b, int64_t e) { widen_cpu(in, dtype, to, b, e); });
+  return out;
+}
+
+bool all_finite(const Tensor& t) { return all_finite_cpu(t.data(), dtype_of(t), t.numel()); }
+
+// oneDNN's convolution of a dense NHWC tensor; the residual is added before the only rounding.
+Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, const Tensor& residual) {
+  AtenTensorHandle shift = packed.shift.handle(), out = nullptr;
+  if (residual.defined()) {
+    check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise_binary(
+                    x.handle(), residual.handle(), packed.weight.handle(), &shift, conv.padding, 2, conv.stride, 2,
+                    conv.dilation, 2, conv.groups, "add", nullptr, nullptr, nullptr, 0, nullptr, &out),
+                "oneDNN convolution");
+  } else {
+    check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise(x.handle(), packed.weight.handle(), &shift, conv.padding,
+                                                             2, conv.stride, 2, conv.dilation, 2, conv.groups, "none",
+                                                             nullptr, 0, nullptr, &out),
+                "oneDNN convolution");
+  }
+  return Tensor(out);
+}
+
+Form form_of(const Conv& conv, const Sizes& out, DType dtype) {
+  const ConvPath path = conv_path(dtype, conv.weight.size(1), conv.groups, conv.weight.size(2), conv.weight.size(3),
+                                  conv.stride, out[3], tiles_available());
+  if (path == ConvPath::tiles) return Form::tiles;
+  return path == ConvPath::onednn_f32 || dtype == DType::f32 ? Form::folded_f32 : Form::folded_bf16;
+}
+
+}  // namespace
+
+ConvRunner::ConvRunner(const Conv& conv, const Sizes& in, DType dtype)
+    : conv_(conv), in_(in), out_(conv.out_sizes(in)), form_(form_of(conv, out_, dtype)), packed_(pack(conv, in, form_)) {
+  if (form_ == Form::tiles) affine_ = read_affine(conv);
+}
+
+Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out) const {
+  const DType dtype = dtype_of(x);
+  if (form_ == Form::tiles) {
+    Sizes sizes = out_;
+    sizes[0] = x.size(0);
+    if (!out.defined()) out = empty_channels_last(sizes, dtype, x);
+    run_tile_conv(conv_, packed_->weight, affine_, x, residual, relu, out);
+    return out;
+  }
+  std::shared_ptr<const Packed> packed = packed_;
+  bool wide = form_ == Form::folded_f32 && dtype != DType::f32;
+  if (!wide && leaks_nan(dtype, conv_.weight.size(1)) && !all_finite(x)) {
+    packed = pack(conv_, in_, Form::folded_f32);
+    wide = true;
+  }
+  Tensor y = wide ? onednn_conv(widen(x), *packed, conv_, residual.defined() ? widen(residual) : Tensor())
+                  : onednn_conv(x, *packed, conv_, residual);
+  if (!out.defined()) {
+    if (!wide && !relu) return y;
+    out = wide ? empty_channels_last(y.shape(), dtype, x) : y.share();
+  }
+  const ActParams p{y.data(), out.mutable_data(), dtype_of(y), dtype, relu};
+  parallel_for(y.numel(), kGrain, [&](int64_t b, int64_t e) { act_cpu(p, b, e); });
+  return out;
+}
+
+}  // namespace resnet_fused

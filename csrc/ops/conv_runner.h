@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One convolution on one of its paths: tiles, oneDNN in the tensors' dtype, or oneDNN in fp32.
+#pragma once
+
+#include "conv.h"
+#include "pack.h"
+#include "tile_conv.h"
+
+namespace resnet_fused {
+
+// Convolves dense NHWC tensors; activates and rounds into `out`, or into a new tensor if out is absent. `residual`
+// (dense NHWC, output's sizes) may be absent.
+class ConvRunner {
+ public:
+  // Looks up or makes the packed weights for inputs of sizes `in`.
+  ConvRunner(const Conv& conv, const Sizes& in, DType dtype);
+  Tensor operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out) const;
+
+ private:
+  const Conv& conv_;
+  Sizes in_, out_;
+  Form form_;
+  std::shared_ptr<const Packed> packed_;
+  Affine affine_;  // of the tile convolution
+};
+
+}  // namespace resnet_fused

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "pack.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <list>
+#include <mutex>
+#include <unordered_map>
+
+#include "../kernels/conv_bn_act.h"
+#include "../kernels/tile_conv.h"
+#include "tile_conv.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr int kSamples = 64;   // of a weight, per call: about 1 us, catches every edit of a whole tensor
+constexpr size_t kLayouts = 4;  // packings kept per weight: oneDNN's layout depends on the input's height and width
+
+struct Layout {
+  int64_t height, width;
+  std::shared_ptr<const Packed> packed;
+};
+
+struct Entry {
+  uint64_t stamp = 0;
+  std::list<Layout> layouts;          // most recently made first
+  int64_t new_height = -1, new_width = -1;  // an input size seen once that has no layout yet
+  int64_t bytes = 0;
+  uint64_t last_use = 0;
+};
+
+struct Key {
+  const void* weight;
+  Form form;
+  bool operator==(const Key& o) const { return weight == o.weight && form == o.form; }
+};
+struct KeyHash {
+  size_t operator()(const Key& k) const {
+    return std::hash<const void*>()(k.weight) * 31 + static_cast<size_t>(k.form);
+  }
+};
+
+struct Cache {
+  std::mutex mutex;
+  std::unordered_map<Key, Entry, KeyHash> entries;
+  int64_t bytes = 0;
+  uint64_t clock = 0;
+};
+// Never destroyed: torch may be gone when static destructors run.
+Cache& cache() {
+  static Cache* c = new Cache;
+  return *c;
+}
+std::atomic<int64_t> packings{0};
+
+// A quarter of the machine's memory; beyond it the longest unused weights are dropped.
+int64_t capacity() {
+  static const int64_t bytes =
+      std::max<int64_t>(int64_t{1} << 30, int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE) / 4);
+  return bytes;
+}
+
+// A dense copy in another dtype and order.
+Tensor copy_as(const Tensor& t, int32_t dtype, const Sizes& strides) {
+  Tensor copy = empty_strided(t.shape(), strides, dtype, t);
+  check_torch(aoti_torch_copy_(copy.handle(), t.handle(), 0), "copying a parameter");
+  return copy;
+}
+Tensor copy_as(const Tensor& t, int32_t dtype) { return copy_as(t, dtype, contiguous_strides(t.shape())); }
+
+// The bytes that hold t's elements, gaps of strided tensors included.
+size_t extent(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t i = 0, d = t.dim(); i < d; ++i) {
+    if (t.size(i) == 0) return 0;
+    last += (t.size(i) - 1) * t.stride(i);
+  }
+  return static_cast<size_t>((last + 1) * item_size(dtype_of(t)));
+}
+
+bool is_inference(const Tensor& t) {
+  StableIValue stack[1] = {boxed(t.share())};
+  call_op("aten::is_inference", stack);
+  bool value = false;
+  std::memcpy(&value, stack, sizeof(value));
+  return value;
+}
+
+uint64_t version(const Tensor& t) {
+  StableIValue stack[1] = {boxed(t.share())};
+  call_op("aten::_version", stack);
+  return stack[0];
+}
+
+// What a folded and reordered packing depends on beside the weight.
+uint64_t folded_stamp(const Conv& conv, uint64_t hash) {
+  const int64_t geometry[] = {conv.stride[0], conv.stride[1], conv.padding[0], conv.padding[1],
+                              conv.dilation[0], conv.dilation[1], conv.groups};
+  hash = hash_cpu(geometry, sizeof(geometry), hash);
+  hash = hash_cpu(&conv.eps, sizeof(conv.eps), hash);
+  for (const Tensor* t : {&conv.bias, &conv.bn_weight, &conv.bn_bias, &conv.running_mean, &conv.running_var}) {
+    hash = t->defined() ? hash_cpu(t->data(), extent(*t), hash + 1 + static_cast<uint64_t>(dtype_of(*t))) : hash + 7;
+  }
+  return hash;
+}
+
+uint64_t stamp_of(const Conv& conv, Form form) {
+  const Tensor& w = conv.weight;
+  uint64_t hash = static_cast<uint64_t>(dtype_of(w));
+  for (int64_t i = 0; i < 4; ++i) hash = hash_cpu(w.sizes() + i, 8, hash_cpu(w.strides() + i, 8, hash));
+  if (form != Form::tiles) hash = folded_stamp(conv, hash);
+  if (is_inference(w)) return hash_cpu(w.data(), extent(w), hash);
+  const uint64_t v = version(w);
+  return sample_hash_cpu(w.data(), extent(w), kSamples, hash_cpu(&v, sizeof(v), hash));
+}
+
+Tensor reorder(Tensor weight, const Conv& conv, const Sizes& in) {
+  auto* input_size = new StableIValue(boxed(in));
+  StableIValue stack[6] = {boxed(std::move(weight)),
+                           boxed(Sizes(conv.padding, conv.padding + 2)),
+                           boxed(Sizes(conv.stride, conv.stride + 2)),
+                           boxed(Sizes(conv.dilation, conv.dilation + 2)),
+                           boxed(conv.groups),
+                           boxed(input_size)};
+  call_op("mkldnn::_reorder_convolution_weight", stack);
+  AtenTensorHandle h = nullptr;
+  std::memcpy(&h, stack, sizeof(h));
+  return Tensor(h);
+}
+
+std::shared_ptr<const Packed> make_tiles(const Conv& conv) {
+  // Rounded to bf16 here if the weight is wider; dense in the order K, C, R, S.
+  const Tensor weight = copy_as(conv.weight, aoti_torch_dtype_bfloat16());
+  const int64_t K = conv.channels(), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t size = round_up(K, kTileN) * round_up(C, kTileK) * taps;
+  auto packed = std::make_shared<Packed>();
+  packed->weight = empty_strided({size}, {1}, aoti_torch_dtype_bfloat16(), weight);
+  const TilePackParams p{static_cast<const uint16_t*>(weight.data()),
+                         static_cast<uint16_t*>(packed->weight.mutable_data()), K, C, taps};
+  parallel_for(round_up(K, kTileN) / kTileN, 1, [&](int64_t b, int64_t e) { pack_tiles_cpu(p, b, e); });
+  return packed;
+}
+
+std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, bool bf16) {
+  const int64_t K = conv.channels();
+  const Affine affine = read_affine(conv);
+  auto packed = std::make_shared<Packed>();
+  packed->shift = empty_strided({K}, {1}, aoti_torch_dtype_float32(), conv.weight);
+  std::memcpy(packed->shift.mutable_data(), affine.shift.data(), static_cast<size_t>(K) * sizeof(float));
+
+  Tensor weight = copy_as(conv.weight, aoti_torch_dtype_float32());
+  const int64_t per_channel = weight.size(1) * weight.size(2) * weight.size(3);
+  auto* data = static_cast<float*>(weight.mutable_data());
+  parallel_for(K, 1, [&](int64_t begin, int64_t end) { scale_weight_cpu(data, affine.scale.data(), per_channel, begin, end); });
+  if (bf16) {
+    // torch wants the bias of a bf16 convolution in bf16, too.
+    weight = copy_as(weight, aoti_torch_dtype_bfloat16());
+    packed->shift = copy_as(packed->shift, aoti_torch_dtype_bfloat16());
+  }
+  packed->weight = reorder(std::move(weight), conv, in);
+  return packed;
+}
+
+void erase(Cache& c, const Key& key) {
+  auto found = c.entries.find(key);
+  if (found == c.entries.end()) return;
+  c.bytes -= found->second.bytes;
+  c.entries.erase(found);
+}
+
+// Drop the longest unused entries until the cache fits, but never `keep`.
+void shrink(Cache& c, const Key& keep) {
+  while (c.bytes > capacity() && c.entries.size() > 1) {
+    auto oldest = c.entries.end();
+    for (auto e = c.entries.begin(); e != c.entries.end(); ++e) {
+      if (e->first == keep) continue;
+      if (oldest == c.entries.end() || e->second.last_use < oldest->second.last_use) oldest = e;
+    }
+    erase(c, Key(oldest->first));
+  }
+}
+
+// A packing that serves inputs of this size, or null if one must be made. A new size borrows another's layout (oneDNN
+// then reorders at the call, right but slower) until it comes a second time: random sizes never pack twice.
+std::shared_ptr<const Packed> find(Entry& e, int64_t height, int64_t width) {
+  for (const Layout& l : e.layouts) {
+    if (l.height == height && l.width == width) return l.packed;
+  }
+  if (e.layouts.empty()) return nullptr;
+  if (e.new_height == height && e.new_width == width) return nullptr;
+  e.new_height = height;
+  e.new_width = width;
+  return e.layouts.front().packed;
+}
+
+}  // namespace
+
+std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form) {
+  const Key key{conv.weight.data(), form};
+  const uint64_t stamp = stamp_of(conv, form);
+  // A tile packing serves every input.
+  const int64_t height = form == Form::tiles ? 0 : in[2], width = form == Form::tiles ? 0 : in[3];
+  Cache& c = cache();
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    auto found = c.entries.find(key);
+    if (found != c.entries.end() && found->second.stamp == stamp) {
+      found->second.last_use = ++c.clock;
+      if (auto packed = find(found->second, height, width)) return packed;
+    }
+  }
+  // Outside the lock: two threads may both pack, and one result is dropped.
+  auto packed = form == Form::tiles ? make_tiles(conv) : make_folded(conv, in, form == Form::folded_bf16);
+  packings.fetch_add(1, std::memory_order_relaxed);
+  const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 ? 4 : 2);
+  std::lock_guard<std::mutex> lock(c.mutex);
+  Entry& e = c.entries[key];
+  if (e.stamp != stamp || e.layouts.size() >= kLayouts) {
+    // Other weights now, or more sizes than are worth keeping: start over.
+    c.bytes -= e.bytes;
+    e = Entry{};
+    e.stamp = stamp;
+  }
+  e.layouts.push_front({height, width, packed});
+  e.bytes += bytes;
+  e.last_use = ++c.clock;
+  c.bytes += bytes;
+  shrink(c, key);
+  return packed;
+}
+
+}  // namespace resnet_fused
+
+void resnet_fused_pack_drop(const void* weight) {
+  using namespace resnet_fused;
+  Cache& c = cache();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  for (Form form : {Form::folded_f32, Form::folded_bf16, Form::tiles}) erase(c, {weight, form});
+}
+
+int64_t resnet_fused_pack_count() { return resnet_fused::packings.load(std::memory_order_relaxed); }
+
+int64_t resnet_fused_pack_bytes() {
+  resnet_fused::Cache& c = resnet_fused::cache();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  return c.bytes;
+}

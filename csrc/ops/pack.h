@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Weights as the kernels want them, cached.
+//
+// An entry belongs to a weight's address and a form, and is stamped with the weight's version counter, a hash over
+// samples of the weight and, where BatchNorm is folded in, a hash of all its values; a different stamp packs anew.
+// In-place updates that torch tracks always count. Edits behind its back (`.data`) of whole tensors are noticed through
+// the samples. Inference tensors have no version counter and are hashed whole.
+#pragma once
+
+#include <memory>
+
+#include "conv.h"
+
+namespace resnet_fused {
+
+enum class Form {
+  folded_f32,   // BatchNorm folded in, oneDNN's blocked layout, fp32
+  folded_bf16,  // likewise, bf16
+  tiles,        // as it is, in the tile convolution's blocks, bf16
+};
+
+struct Packed {
+  Tensor weight;
+  Tensor shift;  // [K], dtype of the weight; folded forms only
+};
+
+// `conv`'s weight in `form`; `in` are the input's sizes, which oneDNN's layouts depend on.
+std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form);
+
+}  // namespace resnet_fused
+
+extern "C" {
+// Drop what is packed of the weight at this address.
+__attribute__((visibility("default"))) void resnet_fused_pack_drop(const void* weight);
+// Counts packings since the library was loaded.
+__attribute__((visibility("default"))) int64_t resnet_fused_pack_count();
+// Bytes that packed weights hold now.
+__attribute__((visibility("default"))) int64_t resnet_fused_pack_bytes();
+}

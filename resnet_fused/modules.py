@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Between modules and ops: reads live tensors off modules, and says when a fused call may replace them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from resnet_fused.ops.conv_bn import ConvBN
+
+# Frozen variants hold buffers of the same names and behave as BatchNorm in eval mode; each library has its own.
+FROZEN = ("FrozenBatchNorm2d",)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The submodules that one fused call replaces; names are relative to the module that owns the call.
+
+    Args:
+        pattern: name of the op.
+        modules: every submodule replaced, in execution order.
+        convs: those of them that are convolutions.
+    """
+
+    pattern: str
+    modules: tuple[str, ...]
+    convs: tuple[str, ...]
+
+
+class Fused:
+    """Mixin of every module whose forward may call a fused op."""
+
+    def fused_sites(self) -> tuple[Site, ...]:
+        """The calls this module makes when nothing keeps it from making them."""
+        raise NotImplementedError
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A convolution attribute as (vertical, horizontal)."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def conv_bn(conv: Any, bn: Any | None) -> ConvBN:
+    """The live tensors and geometry of ``conv`` and the BatchNorm ``bn`` behind it, if any.
+
+    Nothing is copied: whatever changed a parameter before this call counts.
+    """
+    geometry = (pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
+    if bn is None:
+        return ConvBN(conv.weight, conv.bias, None, None, None, None, 0.0, *geometry)
+    return ConvBN(
+        conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, *geometry
+    )
+
+
+def get(owner: nn.Module, name: str) -> nn.Module:
+    """The submodule at the dotted path ``name``."""
+    for part in name.split("."):
+        owner = owner._modules[part]  # type: ignore[assignment]
+    return owner
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if something watches or changes calls of ``module``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def why_not_fusible(module: nn.Module) -> str | None:
+    """Why a fused op cannot stand for ``module``, whatever its mode; None if it can."""
+    kind = type(module)
+    if kind is nn.Conv2d:
+        if module.padding_mode != "zeros":
+            return f"padding_mode is {module.padding_mode!r}, not 'zeros'"
+        if isinstance(module.padding, str):
+            return f"padding is {module.padding!r}, not a number"
+        return None
+    if kind in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return None if module.running_mean is not None else "BatchNorm without running statistics"
+    if kind in (nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity, nn.Flatten):
+        return None
+    if kind is nn.Sequential or kind.__name__ in FROZEN:
+        return None
+    return f"{kind.__name__} is not fused"
+
+
+def why_plain(owner: nn.Module, site: Site) -> str | None:
+    """Why the modules of ``site`` must run as plain PyTorch at this call; None if the fused op may stand for them.
+
+    Checked at every call, because hooks, modes and replaced submodules come after construction.
+    """
+    if owner.training:
+        return "training mode"
+    for name in site.modules:
+        try:
+            module = get(owner, name)
+        except (KeyError, AttributeError):
+            return f"'{name}' is gone"
+        if module is None:
+            return f"'{name}' is gone"
+        reason = why_not_fusible(module)
+        if reason is not None:
+            return f"'{name}': {reason}"
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"'{name}' is in training mode"
+        if has_hooks(module):
+            return f"a hook on '{name}'"
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "a global forward hook"
+    if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
+        return "a global backward hook"
+    return None
+
+
+def compiling() -> bool:
+    """True inside torch.compile or torch.export."""
+    return torch.compiler.is_compiling()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""bottleneck: the three-convolution residual block of ResNet-50, 101 and 152 as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import reference
+from resnet_fused.dispatch import use_reference
+from resnet_fused.ops import conv_bn as cb
+from resnet_fused.ops.conv_bn import FLAT, ConvBN
+from resnet_fused.ops.register import register
+
+
+def bottleneck(
+    x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, downsample: ConvBN | None = None
+) -> Tensor:
+    """A residual block of three convolutions in one call.
+
+    Formula: ``y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + s)`` with ``s = bn(downsample(x))``,
+    or ``x`` without ``downsample``. Intermediate tensors are rounded to ``x``'s dtype once each.
+
+    Args:
+        x: input, shape [N, C, H, W], float32, bfloat16, float16 or float64; any strides, channels_last is fastest.
+        conv1: first convolution; all weights have ``x``'s dtype unless autocast is on.
+        conv2: second convolution, takes what ``conv1`` gives.
+        conv3: third convolution, takes what ``conv2`` gives.
+        downsample: projection of the shortcut, needed where the output's shape is not ``x``'s.
+
+    Returns:
+        Shape of ``conv3``'s output, ``x``'s dtype (the autocast dtype under autocast), channels_last.
+
+    Raises:
+        ValueError, RuntimeError: an argument breaks a rule above; the message names it.
+    """
+    cb.check_same_dtype(x, conv1, "conv1")
+    x = cb.autocast(x)
+    if use_reference(x, "bottleneck"):
+        _check(x, conv1, conv2, conv3, downsample)
+        return reference.bottleneck(x, conv1, conv2, conv3, downsample)
+    y: Tensor = torch.ops.resnet_fused.bottleneck.default(
+        x,
+        *cb.flatten(conv1),
+        *cb.flatten(conv2),
+        *cb.flatten(conv3),
+        *cb.flatten_optional(downsample),
+    )
+    return y
+
+
+def _check(
+    x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, downsample: ConvBN | None
+) -> tuple[Any, ...]:
+    """Check the chain; returns the output's shape."""
+    shape = cb.check_chain(x, {"conv1": conv1, "conv2": conv2, "conv3": conv3})
+    cb.check_shortcut(x, downsample, shape)
+    return shape
+
+
+def _unflatten(args: tuple[Any, ...]) -> tuple[ConvBN, ConvBN, ConvBN, ConvBN | None]:
+    convs = [cb.unflatten(args[i * FLAT : (i + 1) * FLAT]) for i in range(3)]
+    return convs[0], convs[1], convs[2], cb.unflatten_optional(args[3 * FLAT :])
+
+
+def _reference(x: Tensor, *args: Any) -> Tensor:
+    return reference.bottleneck(x, *_unflatten(args))
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    return cb.empty_channels_last(x, _check(x, *_unflatten(args)))
+
+
+register("bottleneck", _reference, _fake)
