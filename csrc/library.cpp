@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The index of the library: every op's schema and its kernels, registered when the library is loaded. Fake kernels and
 // autograd formulas are registered in resnet_fused/ops.
+#include "kernels/tile_conv.h"
 #include "ops/ops.h"
 
 #ifndef RESNET_FUSED_VERSION
@@ -87,4 +88,7 @@ __attribute__((visibility("default"))) int resnet_fused_has_onednn() {
   return aoti_torch_cpu_mkldnn__convolution_pointwise != nullptr &&
          aoti_torch_cpu_mkldnn__convolution_pointwise_binary != nullptr;
 }
+
+// 1 if this CPU and kernel let the process use AMX.
+__attribute__((visibility("default"))) int resnet_fused_has_amx() { return resnet_fused::amx_available(); }
 }

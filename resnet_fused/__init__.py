@@ -1,8 +1,64 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""ResNet inference in PyTorch, made fast by fused kernels, without changing anything else about the model."""
+"""ResNet inference in PyTorch by fused kernels, without changing anything else about the model."""
 
-from resnet_fused import ops
+from resnet_fused import models, ops
+from resnet_fused._info import info
 from resnet_fused.dispatch import backend
-from resnet_fused.ops import ConvBN, add_relu, basic_block, bottleneck, conv_bn_act, pool_linear, stem
+from resnet_fused.fuse import fuse, unfuse
+from resnet_fused.models import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from resnet_fused.ops import (
+    ConvBN,
+    add_relu,
+    basic_block,
+    bottleneck,
+    conv_bn_act,
+    pool_linear,
+    stem,
+)
+from resnet_fused.report import report
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBN",
+    "ResNet",
+    "add_relu",
+    "backend",
+    "basic_block",
+    "bottleneck",
+    "conv_bn_act",
+    "fuse",
+    "info",
+    "models",
+    "ops",
+    "pool_linear",
+    "report",
+    "resnet101",
+    "resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "resnext50_32x4d",
+    "stem",
+    "unfuse",
+    "wide_resnet101_2",
+    "wide_resnet50_2",
+]

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Loads the compiled library once, and says why when it cannot."""
+"""Loads the compiled library once, says why when it cannot, and offers its C functions."""
 
 from __future__ import annotations
 
 import ctypes
 import warnings
-from functools import cache
+import weakref
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -25,14 +26,35 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled library {LIBRARY.name} is missing; {hint}"
     try:
         torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
     except Exception as error:
         return None, f"the compiled library does not load with torch {torch.__version__}: {error}"
-    return ctypes.CDLL(str(LIBRARY)), ""
+    library.resnet_fused_build_info.restype = ctypes.c_char_p
+    library.resnet_fused_pack_drop.argtypes = [ctypes.c_void_p]
+    for name in ("pack_count", "pack_bytes", "pool_bytes"):
+        getattr(library, f"resnet_fused_{name}").restype = ctypes.c_int64
+    return library, ""
 
 
 _library, _reason = _load()
 if _library is None:
-    warnings.warn(f"resnet_fused runs on plain PyTorch, without its kernels: {_reason}", stacklevel=2)
+    warnings.warn(
+        f"resnet_fused runs on plain PyTorch, without its kernels: {_reason}", stacklevel=2
+    )
+
+
+def _build_info() -> dict[str, str]:
+    if _library is None:
+        return {}
+    text: bytes = _library.resnet_fused_build_info()
+    return dict(line.split("=", 1) for line in text.decode().splitlines())
+
+
+# Constants, so that torch.compile can see through whoever asks.
+_build = _build_info()
+_cuda = bool(_build.get("nvcc")) and torch.version.cuda is not None
+_onednn = _library is not None and bool(_library.resnet_fused_has_onednn())
+_amx = _library is not None and bool(_library.resnet_fused_has_amx())
 
 
 def available() -> bool:
@@ -45,23 +67,45 @@ def why_not() -> str:
     return _reason
 
 
-@cache
 def build_info() -> dict[str, str]:
     """What the library was built with: version, cxx, nvcc, archs; empty without the library."""
-    if _library is None:
-        return {}
-    _library.resnet_fused_build_info.restype = ctypes.c_char_p
-    text: bytes = _library.resnet_fused_build_info()
-    return dict(line.split("=", 1) for line in text.decode().splitlines())
+    return _build
 
 
-@cache
 def cuda() -> bool:
     """True if the library holds CUDA kernels and this torch can run them."""
-    return bool(build_info().get("nvcc")) and torch.version.cuda is not None
+    return _cuda
 
 
-@cache
 def onednn() -> bool:
     """True if this torch has the oneDNN convolution that the CPU ops call."""
-    return _library is not None and bool(_library.resnet_fused_has_onednn()) and torch.backends.mkldnn.is_available()
+    return _onednn
+
+
+def amx() -> bool:
+    """True if this CPU and its kernel let the library use AMX tiles."""
+    return _amx
+
+
+# Packed weights live in the library, keyed by the address of the weight they were made from. When
+# that weight dies they must go too, or a long-running process would collect those of dead models.
+_seen = 0
+_watched: set[int] = set()
+
+
+def _forget(identity: int, address: int) -> None:
+    _watched.discard(identity)
+    if _library is not None:
+        _library.resnet_fused_pack_drop(address)
+
+
+def watch(*weights: Tensor | None) -> None:
+    """Drop the packed forms of ``weights`` when they die; cheap if nothing was just packed."""
+    global _seen
+    if _library is None or (count := _library.resnet_fused_pack_count()) == _seen:
+        return
+    _seen = count
+    for weight in weights:
+        if weight is not None and id(weight) not in _watched:
+            _watched.add(id(weight))
+            weakref.finalize(weight, _forget, id(weight), weight.data_ptr()).atexit = False

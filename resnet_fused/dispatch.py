@@ -62,8 +62,9 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act") -> Pat
     """The path of ``op`` for tensors of this device type and dtype.
 
     Returns:
-        ``onednn`` (CPU, through torch's oneDNN convolutions), ``cpu`` (own C++ kernels), ``cuda`` (own CUDA
-        kernels) or ``reference`` (plain PyTorch) with the reason.
+        ``amx`` (CPU, own kernels on matrix tiles; grouped and few-channel convolutions still go to
+        oneDNN), ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu`` (own C++), ``cuda`` (own
+        CUDA) or ``reference`` (plain PyTorch), with the reason where there is one to give.
     """
     if _forced == "reference":
         return Path("reference", "forced by backend('reference') or RESNET_FUSED_BACKEND")
@@ -76,7 +77,9 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act") -> Pat
             return Path("cpu", "")
         if not _extension.onednn():
             return Path("reference", "this torch build has no oneDNN convolution")
-        return Path("onednn", "float16 is computed in float32" if dtype == torch.float16 else "")
+        if dtype == torch.float16:
+            return Path("onednn", "float16 is computed in float32")
+        return Path("amx" if dtype == torch.bfloat16 and _extension.amx() else "onednn", "")
     if device_type == "cuda" and op == "add_relu":
         if _extension.cuda():
             return Path("cuda", "")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Between modules and ops: reads live tensors off modules, and says when a fused call may replace them."""
+"""Between modules and ops: reads live tensors off modules, and says when a fused call may replace
+them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,13 +15,15 @@ from torch.nn.modules import module as global_hooks
 
 from resnet_fused.ops.conv_bn import ConvBN
 
-# Frozen variants hold buffers of the same names and behave as BatchNorm in eval mode; each library has its own.
+# Frozen variants hold buffers of the same names and behave as BatchNorm in eval mode; each library
+# has its own.
 FROZEN = ("FrozenBatchNorm2d",)
 
 
 @dataclass(frozen=True)
 class Site:
-    """The submodules that one fused call replaces; names are relative to the module that owns the call.
+    """The submodules that one fused call replaces; names are relative to the module that owns the
+    call.
 
     Args:
         pattern: name of the op.
@@ -29,6 +34,11 @@ class Site:
     pattern: str
     modules: tuple[str, ...]
     convs: tuple[str, ...]
+
+    @cached_property
+    def paths(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Each name and its parts."""
+        return tuple((name, tuple(name.split("."))) for name in self.modules)
 
 
 class Fused:
@@ -50,10 +60,22 @@ def conv_bn(conv: Any, bn: Any | None) -> ConvBN:
     Nothing is copied: whatever changed a parameter before this call counts.
     """
     geometry = (pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
+    # Module.__getattr__ takes 0.5 us per tensor, a tenth of a small network's time; its
+    # dictionaries are quick.
+    own = conv._parameters
     if bn is None:
-        return ConvBN(conv.weight, conv.bias, None, None, None, None, 0.0, *geometry)
+        return ConvBN(own["weight"], own["bias"], None, None, None, None, 0.0, *geometry)
+    stats = bn._buffers
+    affine = stats if "weight" in stats else bn._parameters  # frozen variants hold buffers only
     return ConvBN(
-        conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, *geometry
+        own["weight"],
+        own["bias"],
+        affine["weight"],
+        affine["bias"],
+        stats["running_mean"],
+        stats["running_var"],
+        bn.eps,
+        *geometry,
     )
 
 
@@ -74,6 +96,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+# Modules with nothing to check beyond their exact type.
+PLAIN = frozenset(
+    (nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity, nn.Flatten, nn.Sequential)
+)
+NORMS = frozenset((nn.BatchNorm2d, nn.SyncBatchNorm))
+
+
 def why_not_fusible(module: nn.Module) -> str | None:
     """Why a fused op cannot stand for ``module``, whatever its mode; None if it can."""
     kind = type(module)
@@ -82,35 +111,41 @@ def why_not_fusible(module: nn.Module) -> str | None:
             return f"padding_mode is {module.padding_mode!r}, not 'zeros'"
         if isinstance(module.padding, str):
             return f"padding is {module.padding!r}, not a number"
+        if module._parameters.get("weight") is None:
+            return "its weight is computed from other tensors"
         return None
-    if kind in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return None if module.running_mean is not None else "BatchNorm without running statistics"
-    if kind in (nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity, nn.Flatten):
-        return None
-    if kind is nn.Sequential or kind.__name__ in FROZEN:
+    if kind in NORMS:
+        if module._buffers.get("running_mean") is None:
+            return "BatchNorm without running statistics"
+        return (
+            None if "weight" in module._parameters else "its weight is computed from other tensors"
+        )
+    if kind in PLAIN or kind.__name__ in FROZEN:
         return None
     return f"{kind.__name__} is not fused"
 
 
 def why_plain(owner: nn.Module, site: Site) -> str | None:
-    """Why the modules of ``site`` must run as plain PyTorch at this call; None if the fused op may stand for them.
+    """Why the modules of ``site`` must run as plain PyTorch at this call; None if the fused op may
+    stand for them.
 
     Checked at every call, because hooks, modes and replaced submodules come after construction.
     """
     if owner.training:
         return "training mode"
-    for name in site.modules:
-        try:
-            module = get(owner, name)
-        except (KeyError, AttributeError):
-            return f"'{name}' is gone"
-        if module is None:
-            return f"'{name}' is gone"
-        reason = why_not_fusible(module)
-        if reason is not None:
-            return f"'{name}': {reason}"
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return f"'{name}' is in training mode"
+    for name, path in site.paths:
+        module: Any = owner
+        for part in path:
+            module = module._modules.get(part)
+            if module is None:
+                return f"'{name}' is gone"
+        kind = type(module)
+        if kind not in PLAIN:
+            reason = why_not_fusible(module)
+            if reason is not None:
+                return f"'{name}': {reason}"
+            if module.training and kind in NORMS:
+                return f"'{name}' is in training mode"
         if has_hooks(module):
             return f"a hook on '{name}'"
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every op in plain PyTorch: the specification, the fallback and the backward.
 
-16-bit inputs are computed in float32 and rounded once at the end, so these functions never call torch's
-bfloat16 convolution, which on AMX CPUs reads uninitialised memory when a strided convolution's output is
-one pixel wide.
+16-bit inputs are computed in float32 and rounded once at the end, so these functions never call
+torch's bfloat16 convolution, which on AMX CPUs reads uninitialised memory when a strided
+convolution's output is one pixel wide.
 """
 
 from __future__ import annotations
@@ -28,17 +28,26 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _conv_bn(x: Tensor, conv: ConvBN) -> Tensor:
-    """``bn(conv(x))`` in the dtype of ``x``, which is a compute dtype; the result is not rounded."""
+    """``bn(conv(x))`` in the dtype of ``x``, which is a compute dtype; the result is not
+    rounded.
+    """
     acc = x.dtype
     y = F.conv2d(
-        x, conv.weight.to(acc), _cast(conv.bias, acc), conv.stride, conv.padding, conv.dilation, conv.groups
+        x,
+        conv.weight.to(acc),
+        _cast(conv.bias, acc),
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
     )
     if conv.running_mean is None or conv.running_var is None:
         return y
-    mean, var = conv.running_mean.to(acc), conv.running_var.to(acc)
-    return F.batch_norm(
-        y, mean, var, _cast(conv.bn_weight, acc), _cast(conv.bn_bias, acc), eps=conv.eps
-    )
+    scale = torch.rsqrt(conv.running_var.to(acc) + conv.eps)
+    if conv.bn_weight is not None:
+        scale = scale * conv.bn_weight.to(acc)
+    y = (y - conv.running_mean.to(acc).view(-1, 1, 1)) * scale.view(-1, 1, 1)
+    return y if conv.bn_bias is None else y + conv.bn_bias.to(acc).view(-1, 1, 1)
 
 
 def conv_bn_act(x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool) -> Tensor:
@@ -57,7 +66,9 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 
 
 def stem(x: Tensor, conv: ConvBN) -> Tensor:
-    """3x3/2 max-pool (padding 1) of ``relu(bn(conv(x)))``; rounding before or after the max is the same."""
+    """3x3/2 max-pool (padding 1) of ``relu(bn(conv(x)))``; rounding before or after the max is the
+    same.
+    """
     return F.max_pool2d(conv_bn_act(x, conv, None, True), 3, 2, 1)
 
 
@@ -70,7 +81,9 @@ def basic_block(x: Tensor, conv1: ConvBN, conv2: ConvBN, downsample: ConvBN | No
 def bottleneck(
     x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, downsample: ConvBN | None
 ) -> Tensor:
-    """``relu(conv3(relu(conv2(relu(conv1(x))))) + shortcut)``; each intermediate tensor is rounded once."""
+    """``relu(conv3(relu(conv2(relu(conv1(x))))) + shortcut)``; each intermediate tensor is rounded
+    once.
+    """
     identity = x if downsample is None else conv_bn_act(x, downsample, None, False)
     y = conv_bn_act(conv_bn_act(x, conv1, None, True), conv2, None, True)
     return conv_bn_act(y, conv3, identity, True)

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "../kernels/add_relu.h"
 
-#include <algorithm>
-
 #include "boxed.h"
 #include "checks.h"
 #include "ops.h"
@@ -15,20 +13,13 @@ struct Operands {
   AddReluParams params() const { return {x.data(), y.data(), out.mutable_data(), out.numel(), dtype_of(out)}; }
 };
 
-// True if the elements fill a block of memory without gaps or overlap, in whatever order.
-bool is_dense(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t i = 0, d = t.dim(); i < d; ++i) {
-    if (t.size(i) == 0) return true;
-    if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
+// A new tensor laid out as torch lays out elementwise results: t's strides if t is dense, else its order of dimensions.
+Tensor empty_like(const Tensor& t) {
+  StableIValue stack[6] = {boxed(t.share())};
+  call_op("aten::empty_like", stack);
+  AtenTensorHandle h = nullptr;
+  std::memcpy(&h, stack, sizeof(h));
+  return Tensor(h);
 }
 
 bool same_strides(const Tensor& a, const Sizes& strides) {
@@ -57,9 +48,8 @@ Operands read(StableIValue* stack) {
           "add_relu: x must be float32, bfloat16 or float16; use the function resnet_fused.add_relu for float64");
   require(dtype == dtype_of(o.y), "add_relu: y must have x's dtype");
   require(same_sizes(o.y, o.x.shape()), "add_relu: y must have x's shape ", Shape{o.x}, ", got ", Shape{o.y});
-  const Sizes shape = o.x.shape();
-  const Sizes strides = is_dense(o.x) ? Sizes(o.x.strides(), o.x.strides() + o.x.dim()) : contiguous_strides(shape);
-  o.out = empty_strided(shape, strides, o.x.dtype(), o.x);
+  o.out = empty_like(o.x);
+  const Sizes strides(o.out.strides(), o.out.strides() + o.out.dim());
   o.x = with_strides(o.x, strides);
   o.y = with_strides(o.y, strides);
   return o;

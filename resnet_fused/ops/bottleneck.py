@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import reference
+from resnet_fused._extension import watch
 from resnet_fused.dispatch import use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
@@ -20,18 +21,21 @@ def bottleneck(
 ) -> Tensor:
     """A residual block of three convolutions in one call.
 
-    Formula: ``y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + s)`` with ``s = bn(downsample(x))``,
-    or ``x`` without ``downsample``. Intermediate tensors are rounded to ``x``'s dtype once each.
+    Formula: ``y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + s)`` with ``s =
+    bn(downsample(x))``, or ``x`` without ``downsample``. Intermediate tensors are rounded to
+    ``x``'s dtype once each.
 
     Args:
-        x: input, shape [N, C, H, W], float32, bfloat16, float16 or float64; any strides, channels_last is fastest.
+        x: input, shape [N, C, H, W], float32, bfloat16, float16 or float64; any strides,
+            channels_last is fastest.
         conv1: first convolution; all weights have ``x``'s dtype unless autocast is on.
         conv2: second convolution, takes what ``conv1`` gives.
         conv3: third convolution, takes what ``conv2`` gives.
         downsample: projection of the shortcut, needed where the output's shape is not ``x``'s.
 
     Returns:
-        Shape of ``conv3``'s output, ``x``'s dtype (the autocast dtype under autocast), channels_last.
+        Shape of ``conv3``'s output, ``x``'s dtype (the autocast dtype under autocast),
+        channels_last.
 
     Raises:
         ValueError, RuntimeError: an argument breaks a rule above; the message names it.
@@ -48,6 +52,8 @@ def bottleneck(
         *cb.flatten(conv3),
         *cb.flatten_optional(downsample),
     )
+    if not torch.compiler.is_compiling():
+        watch(conv1.weight, conv2.weight, conv3.weight, downsample and downsample.weight)
     return y
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 class ConvBN(NamedTuple):
     """One convolution and the BatchNorm behind it, as the live tensors of the two modules.
 
-    Formula: ``bn(conv(x)) = (conv(x) + bias - running_mean) / sqrt(running_var + eps) * bn_weight + bn_bias``.
-    Without ``running_mean`` and ``running_var`` there is no BatchNorm: the result is ``conv(x) + bias``.
+    Formula: ``bn(conv(x)) = (conv(x) + bias - running_mean) / sqrt(running_var + eps) * bn_weight +
+    bn_bias``. Without ``running_mean`` and ``running_var`` there is no BatchNorm: the result is
+    ``conv(x) + bias``.
 
-    The tensors are float32, bfloat16, float16 or float64, need not share a dtype, and may have any strides.
+    The tensors are float32, bfloat16, float16 or float64, need not share a dtype, and may have any
+    strides.
 
     Args:
         weight: filters, shape [K, C / groups, R, S].
@@ -89,7 +91,8 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
         )
     if x.shape[1] != w.shape[1] * conv.groups:
         raise ValueError(
-            f"x must have {w.shape[1] * conv.groups} channels to fit {name}.weight, got {x.shape[1]}"
+            f"x must have {w.shape[1] * conv.groups} channels to fit {name}.weight, "
+            f"got {x.shape[1]}"
         )
     if min(conv.stride) < 1 or min(conv.dilation) < 1 or min(conv.padding) < 0:
         raise ValueError(
@@ -97,10 +100,13 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
             f"dilation {conv.dilation}, padding {conv.padding}"
         )
     for i, d in enumerate("HW"):
-        out = out_size(x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i])
+        out = out_size(
+            x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]
+        )
         if out < 1:
             raise ValueError(
-                f"x must be large enough for {name}: {d} = {x.shape[2 + i]} gives {out} outputs; enlarge x"
+                f"x must be large enough for {name}: {d} = {x.shape[2 + i]} gives {out} outputs; "
+                f"enlarge x"
             )
     if (conv.running_mean is None) != (conv.running_var is None):
         raise ValueError(f"{name}.running_mean and {name}.running_var must be given together")
@@ -109,7 +115,9 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
             raise ValueError(f"{name}.{field} must have shape [{w.shape[0]}], got {tuple(t.shape)}")
     for field, t in zip(ConvBN._fields[:6], conv[:6], strict=True):
         if t is not None and t.device != x.device:
-            raise ValueError(f"{name}.{field} must be on {x.device} like x, got {t.device}; move it there")
+            raise ValueError(
+                f"{name}.{field} must be on {x.device} like x, got {t.device}; move it there"
+            )
         if t is not None and not t.dtype.is_floating_point:
             raise ValueError(f"{name}.{field} must have a floating dtype, got {t.dtype}")
     if not x.dtype.is_floating_point:
@@ -119,7 +127,9 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
 def check_residual(residual: Tensor, x: Tensor, shape: tuple[Any, ...]) -> None:
     """Raise ValueError if ``residual`` cannot be added to an output of ``shape``."""
     if tuple(residual.shape) != shape:
-        raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+        raise ValueError(
+            f"residual must have the output's shape {shape}, got {tuple(residual.shape)}"
+        )
     if residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             f"residual must have x's dtype and device ({x.dtype}, {x.device}), "
@@ -145,18 +155,26 @@ def empty_channels_last(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
 def autocast(x: Tensor) -> Tensor:
     """``x`` as eager's convolutions would see it: in the autocast dtype where autocast is on.
 
-    Only the activations are cast: the ops take parameters of any dtype, so weights keep their precision until
-    they are packed, and BatchNorm stays in float32 as it does under eager's autocast.
+    Only the activations are cast: the ops take parameters of any dtype, so weights keep their
+    precision until they are packed, and BatchNorm stays in float32 as it does under eager's
+    autocast.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return x.to(torch.get_autocast_dtype(device))
+    if autocast_on(x) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
+def autocast_on(x: Tensor) -> bool:
+    """True if eager's ops on ``x`` would run under autocast; devices like meta know none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_same_dtype(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
-    """Raise ValueError where eager would refuse: input and weight differ in dtype without autocast."""
-    if x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    """Raise ValueError where eager would refuse: input and weight differ in dtype without
+    autocast.
+    """
+    if x.dtype != conv.weight.dtype and not autocast_on(x):
         raise ValueError(
             f"x must have {name}.weight's dtype {conv.weight.dtype}, got {x.dtype}; "
             f"convert one of them, or use torch.autocast"
@@ -192,6 +210,6 @@ def check_shortcut(x: Tensor, downsample: ConvBN | None, shape: tuple[Any, ...])
     if got != shape:
         what = "x" if downsample is None else "downsample(x)"
         raise ValueError(
-            f"{what} must have the block's output shape {shape} to be added, got {got}; give a downsample "
-            f"convolution that maps x to it"
+            f"{what} must have the block's output shape {shape} to be added, got {got}; "
+            f"give a downsample convolution that maps x to it"
         )

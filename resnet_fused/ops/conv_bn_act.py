@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import reference
+from resnet_fused._extension import watch
 from resnet_fused.dispatch import use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
@@ -20,11 +21,13 @@ def conv_bn_act(
 ) -> Tensor:
     """Convolution, BatchNorm, residual addition and ReLU in one pass.
 
-    Formula: ``y = act(bn(conv(x)) + residual)`` with ``act(v) = max(v, 0)`` (NaN stays NaN) or the identity.
-    Accumulation, BatchNorm and addition are float32 (float64 for float64 inputs), rounded once.
+    Formula: ``y = act(bn(conv(x)) + residual)`` with ``act(v) = max(v, 0)`` (NaN stays NaN) or the
+    identity. Accumulation, BatchNorm and addition are float32 (float64 for float64 inputs), rounded
+    once.
 
     Args:
-        x: input, shape [N, C, H, W], float32, bfloat16, float16 or float64; any strides, channels_last is fastest.
+        x: input, shape [N, C, H, W], float32, bfloat16, float16 or float64; any strides,
+            channels_last is fastest.
         conv: convolution and BatchNorm; the weight has ``x``'s dtype unless autocast is on.
         residual: added before the activation, shape, dtype and device of the output, any strides.
         relu: apply ReLU.
@@ -42,6 +45,8 @@ def conv_bn_act(
         _check(x, conv, residual)
         return reference.conv_bn_act(x, conv, residual, relu)
     y: Tensor = torch.ops.resnet_fused.conv_bn_act.default(x, *cb.flatten(conv), residual, relu)
+    if not torch.compiler.is_compiling():
+        watch(conv.weight)
     return y
 
 

@@ -15,7 +15,8 @@ Function = Callable[..., Tensor]
 
 
 def register(op: str, reference: Function, fake: Function) -> None:
-    """Register ``fake`` and the autograd formula of ``resnet_fused::op``; nothing to do without the library.
+    """Register ``fake`` and the autograd formula of ``resnet_fused::op``; nothing to do without the
+    library.
 
     Args:
         op: name of the op.
@@ -34,9 +35,7 @@ def register(op: str, reference: Function, fake: Function) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the reference at the saved inputs; differentiable again."""
         saved = iter(ctx.saved_tensors)
-        args = [
-            next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)
-        ]
+        args = [next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)]
         wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need and ctx.is_tensor[i]]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -52,6 +51,4 @@ def register(op: str, reference: Function, fake: Function) -> None:
             result[i] = g
         return tuple(result)
 
-    torch.library.register_autograd(
-        f"resnet_fused::{op}", backward, setup_context=setup_context
-    )
+    torch.library.register_autograd(f"resnet_fused::{op}", backward, setup_context=setup_context)

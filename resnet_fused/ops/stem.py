@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import reference
+from resnet_fused._extension import watch
 from resnet_fused.dispatch import use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
@@ -18,7 +19,8 @@ from resnet_fused.ops.register import register
 def stem(x: Tensor, conv: ConvBN) -> Tensor:
     """A network's first convolution, BatchNorm, ReLU and max-pool in one pass.
 
-    Formula: ``y = maxpool(relu(bn(conv(x))))``, max-pool with a 3x3 window, stride 2, padding 1; NaN stays NaN.
+    Formula: ``y = maxpool(relu(bn(conv(x))))``, max-pool with a 3x3 window, stride 2, padding 1;
+    NaN stays NaN.
 
     Args:
         x: input, shape [N, C, H, W], float32, bfloat16, float16 or float64; any strides, NCHW and
@@ -26,8 +28,8 @@ def stem(x: Tensor, conv: ConvBN) -> Tensor:
         conv: convolution and BatchNorm; the weight has ``x``'s dtype unless autocast is on.
 
     Returns:
-        Shape [N, K, ceil(OH / 2), ceil(OW / 2)] for a convolution output of OH x OW, ``x``'s dtype (the
-        autocast dtype under autocast), channels_last.
+        Shape [N, K, ceil(OH / 2), ceil(OW / 2)] for a convolution output of OH x OW, ``x``'s dtype
+        (the autocast dtype under autocast), channels_last.
 
     Raises:
         ValueError, RuntimeError: an argument breaks a rule above; the message names it.
@@ -38,6 +40,8 @@ def stem(x: Tensor, conv: ConvBN) -> Tensor:
         cb.check_conv(x, conv)
         return reference.stem(x, conv)
     y: Tensor = torch.ops.resnet_fused.stem.default(x, *cb.flatten(conv))
+    if not torch.compiler.is_compiling():
+        watch(conv.weight)
     return y
 
 

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`resnet-fused bench`: the fused models against eager PyTorch and torch.compile, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_fused.bench import machine, subjects
+from resnet_fused.bench.compare import compare
+from resnet_fused.bench.results import Row, Setting, save_csv, table, write_csv, write_json
+
+COMPILE_SHARE = 0.5
+"""Part of the time budget that torch.compile may take for compiling, all settings together."""
+
+EPILOG = """\
+Contenders: eager (NCHW), channels_last (eager), compile (torch.compile with its defaults,
+channels_last), resnet_fused. All have the same random weights, run under inference_mode and take
+turns in one process. Ratios are medians of paired rounds; one smaller than its noise is printed
+as `1.0 ± noise`. The error is the largest difference of a logit from a float64 run, relative to
+the largest logit. Exit code 1: resnet_fused is further off than 1.5 x eager plus rounding.
+
+examples:
+  resnet-fused bench
+  resnet-fused bench --model resnet18,resnet50 --batch 1,8,32 --dtype bf16 --no-compile
+  resnet-fused bench --json - --threads 4 > result.json
+"""
+
+
+def _words(text: str) -> list[str]:
+    """Split a comma-separated argument."""
+    return [word.strip() for word in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return _known(_words(text), subjects.model_names(), "model")
+
+
+def _dtypes(text: str) -> list[str]:
+    return _known(_words(text), list(subjects.DTYPES), "dtype")
+
+
+def _known(words: list[str], known: list[str], what: str) -> list[str]:
+    for word in words:
+        if word not in known:
+            raise argparse.ArgumentTypeError(
+                f"{what} must be one of {', '.join(known)}, got {word!r}"
+            )
+    return words
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _batches(text: str) -> list[int]:
+    return [positive(word) for word in _words(text)]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the `bench` command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="compare the fused models with eager PyTorch on this machine",
+        description="Time ResNets in eager PyTorch, torch.compile and resnet_fused in one run.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=_names, action="extend", metavar="NAME[,NAME]", help="default: resnet50")
+    add("--batch", type=_batches, default=[1, 16], metavar="N[,N]", help="default: 1,16")
+    add(
+        "--dtype",
+        type=_dtypes,
+        default=["fp32", "bf16"],
+        metavar="D[,D]",
+        help=f"of {', '.join(subjects.DTYPES)}; default: fp32,bf16",
+    )
+    add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add("--size", type=positive, default=224, help="height and width of the images (default: 224)")
+    add("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    add(
+        "--budget-s",
+        type=positive,
+        default=100,
+        metavar="S",
+        help="seconds for the whole run, half of it at most for compiling (default: 100)",
+    )
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--seed", type=int, default=0, help="of weights, images and order (default: 0)")
+    add("--json", metavar="FILE", help="write machine and results; - is stdout")
+    add("--csv", metavar="FILE", help="write results; - is stdout, a folder gets named files")
+    add("--plot", type=Path, metavar="FILE", help="draw a bar chart (.png, .svg, .pdf)")
+
+
+def _refuse(args: argparse.Namespace) -> str:
+    """Say what is wrong with the arguments before any time is spent; empty if nothing."""
+    missing = machine.why_no_device(args.device)
+    if missing:
+        return f"--device {missing}"
+    if args.json == "-" and args.csv == "-":
+        return "--json - and --csv - cannot share stdout: give one of them a file"
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install 'resnet_fused[plot]'"
+    for option, place in (("--json", args.json), ("--csv", args.csv), ("--plot", args.plot)):
+        if place and str(place) != "-" and not Path(place).absolute().parent.is_dir():
+            return f"{option} {place}: the folder does not exist"
+    return ""
+
+
+def _measure(args: argparse.Namespace) -> list[Row]:
+    """Measure all settings within the budget; progress goes to stderr."""
+    settings = [
+        Setting(model, dtype, batch, args.size, args.device, args.seed)
+        for model in dict.fromkeys(args.model or ["resnet50"])
+        for dtype in dict.fromkeys(args.dtype)
+        for batch in dict.fromkeys(args.batch)
+    ]
+    end = time.monotonic() + args.budget_s
+    compile_left = 0.0 if args.no_compile else COMPILE_SHARE * args.budget_s
+    rows: list[Row] = []
+    model = None
+    for i, setting in enumerate(settings):
+        if i == 0 or setting.model != settings[i - 1].model:
+            model = subjects.make_model(setting.model, args.seed)
+        assert model is not None
+        share = (end - time.monotonic() - compile_left) / (len(settings) - i)
+        new = compare(
+            setting,
+            model,
+            budget_s=share,
+            compile_s=None if args.no_compile else compile_left,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        compile_left -= sum(row.compile_s for row in new)
+        rows += new
+    return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Returns:
+        0, or 1 if an argument cannot be met or resnet_fused gave a wrong result in any setting.
+    """
+    wrong = _refuse(args)
+    if wrong:
+        print(f"resnet-fused bench: error: {wrong}", file=sys.stderr)
+        return 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report = sys.stderr if "-" in (args.json, args.csv) else sys.stdout
+    facts = machine.describe(args.device)
+    print(machine.headline(facts), file=report)
+    for complaint in machine.complaints():
+        print(f"warning: {complaint}", file=report)
+    report.flush()
+
+    meter = machine.LoadMeter()
+    rows = _measure(args)
+    others = meter.others()
+    facts["load_by_others"] = None if others is None else round(others, 3)
+
+    print(f"\n{table(rows)}", file=report)
+    if others is not None and others > 0.1:
+        print(f"warning: other processes used {others:.0%} of the CPUs meanwhile", file=report)
+    _write(args, rows, facts)
+    failed = [row for row in rows if not row.agrees]
+    for row in failed:
+        error = "no result" if row.max_err is None else f"error {row.max_err:.1e}"
+        print(
+            f"WRONG: {row.contender} in {row.setting}: {error}, bound {row.bound:.1e}", file=report
+        )
+    return 1 if failed else 0
+
+
+def _write(args: argparse.Namespace, rows: list[Row], facts: dict[str, object]) -> None:
+    """Write the files that were asked for."""
+    if args.json:
+        with _open(args.json) as file:
+            write_json(rows, facts, file)
+    if args.csv == "-":
+        write_csv(rows, sys.stdout)
+    elif args.csv:
+        for path in save_csv(rows, Path(args.csv)):
+            print(f"wrote {path}", file=sys.stderr)
+    if args.plot:
+        from resnet_fused.bench.plot import save_plot
+
+        save_plot(rows, args.plot, machine.headline(facts))
+        print(f"wrote {args.plot}", file=sys.stderr)
+
+
+def _open(place: str) -> Any:
+    """Open a file for writing; `-` is stdout, which stays open."""
+    if place == "-":
+        return contextlib.nullcontext(sys.stdout)
+    return Path(place).open("w", encoding="utf-8")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fuse and unfuse: give modules a forward with fused calls, and take it away again.
+
+Nothing of a model is renamed, copied or re-registered. A module whose forward can be improved gets
+a subclass of its class, whose forward runs the plan where it may, else the original forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import warnings
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from resnet_fused.fusion.plan import Plan, current_plan, survey
+from resnet_fused.fusion.steps import as_eager
+from resnet_fused.fusion.units import child, is_planned
+from resnet_fused.modules import Fused, Site
+
+_PLAN = "_fuse_plan"
+
+
+class Planned(Fused):
+    """Mixin that fuse() puts before a module's class."""
+
+    fused_from: type
+    _fuse_plan: Plan
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the hooks that classes put on being subclassed (registries) out of this."""
+
+    def fused_sites(self) -> tuple[Site, ...]:
+        """The fused calls in the forward."""
+        return current_plan(self).sites
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the original class, to be fused again when loaded."""
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        function, args = reduced[:2]
+        if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
+            return (_new, (self.fused_from, *args[1:]), *reduced[2:])
+        return reduced
+
+
+_CLASSES: WeakValueDictionary[type, type[nn.Module]] = WeakValueDictionary()
+
+
+def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``cls`` whose forward runs the plan where it may be run."""
+    made = _CLASSES.get(cls)
+    if made is not None:
+        return made
+
+    @functools.wraps(cls.forward)  # tools look at the parameters
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training and not torch.jit.is_tracing():
+            plan = current_plan(self)
+            if plan.takes(args, kwargs) and plan.why_plain(self) is None:
+                y = plan.run(self, *args)  # type: ignore[misc]
+                return as_eager(y, args[0], first_weight(self, plan))
+        return cls.forward(self, *args, **kwargs)
+
+    names = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "fused_from": cls,
+        "forward": forward,
+    }
+    _CLASSES[cls] = made = type(cls)(f"Fused{cls.__name__}", (Planned, cls), names)
+    return made
+
+
+def _new(cls: type, *args: Any) -> Any:
+    """An uninitialised instance of the fused form of ``cls``; pickle fills it."""
+    fused = _planned_class(cls)
+    return fused.__new__(fused, *args)
+
+
+def first_weight(owner: nn.Module, plan: Plan) -> Any:
+    """The first convolution's weight: in eager its memory format decides the output's, too."""
+    for site in plan.sites:
+        for name in site.convs:
+            return child(owner, name).weight
+    return None
+
+
+def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Make every convolution + BatchNorm (+ addition) + ReLU run as one call in eval mode.
+
+    Parameters, buffers, names, hooks and ``state_dict`` keys stay as they are, weights stay live,
+    and training runs the original code. ``report`` says what was fused and why the rest was not;
+    ``unfuse`` undoes.
+
+    Args:
+        model: any module; what cannot be fused safely is left alone.
+        inplace: change ``model`` itself; else a deep copy.
+
+    Returns:
+        The changed model. If there is nothing to fuse, it is unchanged and a warning says so.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    plans = list(survey(model))
+    parts: set[int] = set()  # read as part of their callers' plans
+    for _, module, plan in plans:
+        if plan.run is not None:
+            parts.update(id(child(module, path)) for path in plan.inlined)
+    for _, module, plan in plans:
+        if plan.run is not None and id(module) not in parts and not is_planned(module):
+            module._fuse_plan = plan  # type: ignore[assignment]
+            module.__class__ = _planned_class(type(module))
+    for module in model.modules():
+        if id(module) in parts:
+            _restore(module)
+    if not any(isinstance(m, Fused) for m in model.modules()):
+        warnings.warn(
+            f"nothing in {type(model).__name__} was fused; resnet_fused.report(model) says why",
+            stacklevel=2,
+        )
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo ``fuse`` in place: every module gets its class back.
+
+    Args:
+        model: a module given to ``fuse``, or any part of it.
+
+    Returns:
+        ``model``.
+    """
+    for module in model.modules():
+        _restore(module)
+    return model
+
+
+def _restore(module: nn.Module) -> None:
+    if is_planned(module):
+        module.__class__ = module.fused_from  # type: ignore[assignment]
+        del module.__dict__[_PLAN]
+    elif isinstance(module, Planned):  # somebody subclassed the fused class
+        module._fuse_plan = Plan(error="unfuse() was called")

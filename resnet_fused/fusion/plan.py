@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The plan of a module: its forward with fused calls, and what must hold for it to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from resnet_fused.fusion import steps
+from resnet_fused.fusion.matching import Found, Matcher, Pair, Param
+from resnet_fused.fusion.standins import CONTAINERS, MISSING, Refused, freeze
+from resnet_fused.fusion.tracing import Trace, kinds, read
+from resnet_fused.fusion.units import (
+    child,
+    inlinable,
+    is_leaf,
+    is_native,
+    is_planned,
+    is_sequential,
+    is_unit,
+    original,
+)
+from resnet_fused.modules import Fused, Site, conv_bn, why_plain
+
+# Code that asks for these would notice that the ops write channels_last.
+_LAYOUT = (
+    "stride",
+    "is_contiguous",
+    "as_strided",
+    "storage",
+    "untyped_storage",
+    "data_ptr",
+    "numpy",
+)
+_MAX_CHANGES = 16
+
+
+PlanOf = Callable[[nn.Module], "Plan"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one module runs.
+
+    Args:
+        sites: the fused calls, in order; empty if there are none.
+        run: the forward with fused calls, ``run(module, *tensors)``.
+        inputs: number of tensors it takes.
+        watched: per submodule path, the children and attributes that the plan was made from.
+        inlined: submodules that ``run`` does not call though eager does.
+        refused: convolutions that stay plain, with the reason.
+        error: why the forward could not be read at all.
+        any_layout: the forward does the same whatever the memory format of its input.
+        forward: the class's forward that was read.
+        changes: how often a plan was made for this module because something had changed.
+    """
+
+    sites: tuple[Site, ...] = ()
+    run: Callable[..., Any] | None = None
+    inputs: int = 0
+    watched: tuple[tuple[tuple[str, ...], Any, tuple[tuple[str, Any, Any], ...]], ...] = ()
+    inlined: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    any_layout: bool = False
+    forward: Any = None
+    changes: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # it names submodules and holds none
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (forgotten, ())  # generated code is not pickled, it is made again at the next call
+
+    def changed(self, owner: nn.Module) -> str | None:
+        """What differs from the module that the plan was made for; None if nothing does."""
+        if self.forward is not None and original(owner).forward is not self.forward:
+            return "the forward of its class was replaced"
+        for path, children, reads in self.watched:  # runs at every call, so it is written for speed
+            module: Any = owner
+            for part in path:
+                module = module._modules.get(part)
+                if module is None:
+                    return f"'{'.'.join(path)}' is gone"
+            if children is not None:
+                now = module._modules
+                if len(now) != len(children):
+                    return f"children of '{'.'.join(path)}' were added or removed"
+                for name, kind in children:
+                    found = type(now.get(name, MISSING))
+                    if found is not kind and getattr(found, "fused_from", None) is not kind:
+                        return f"'{'.'.join((*path, name))}' was replaced"
+            attributes = module.__dict__
+            for name, value, frozen in reads:
+                current = attributes.get(name, MISSING)
+                if current is not value and freeze(current) != frozen:
+                    return f"the attribute {name!r} of '{'.'.join(path)}' was changed"
+        return None
+
+    def why_plain(self, owner: nn.Module) -> str | None:
+        """Why the fused calls may not be made now; None if they may and nothing ``changed``."""
+        if self.run is None:
+            return self.error or "nothing to fuse"
+        for path in self.inlined:
+            module: Any = child(owner, path)
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return f"a hook on '{path}'"
+        for site in self.sites:
+            reason = why_plain(owner, site)
+            if reason is not None:
+                return reason
+        return None
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True for a call like the one that was traced: the required tensors and nothing else."""
+        return (
+            self.run is not None
+            and not kwargs
+            and len(args) == self.inputs
+            and all(isinstance(a, Tensor) and a.layout is torch.strided for a in args)
+        )
+
+
+def forgotten() -> Plan:
+    """The plan of an unpickled module: out of date, so that the next call makes a new one."""
+    return Plan(watched=(((), ((MISSING, type(None)),), ()),))
+
+
+def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | None = None) -> Plan:
+    """Read the forward of ``module`` and put fused calls into it.
+
+    Args:
+        before: the plan that this one replaces.
+        plan_of: gives the plans of modules further down.
+    """
+    changes = 0 if before is None else before.changes + 1
+    if changes > _MAX_CHANGES:
+        return Plan(error="its attributes or children keep changing", changes=changes)
+    if "forward" in module.__dict__:
+        return Plan(error="its forward is replaced on the instance", changes=changes)
+    trace = _read(module)
+    if isinstance(trace, str):
+        return Plan(error=trace, watched=_watch_kinds(module), changes=changes)
+    matcher = Matcher(trace)
+    for path in trace.inlined:
+        trace.reads[path, "forward"] = MISSING
+        trace.reads[path, "training"] = freeze(False)
+    plan = Plan(
+        inputs=trace.inputs,
+        watched=_watched(module, trace),
+        inlined=tuple(trace.inlined),
+        refused=matcher.refused,
+        forward=original(module).forward,
+        changes=changes,
+    )
+    layouts = _Layouts(trace, matcher, plan_of or make_plan)
+    if not matcher.found:
+        return replace(plan, any_layout=layouts.any())
+    error = layouts.prepare()
+    if error:
+        return replace(plan, error=error)
+    run = _compile(trace.graph, matcher.found, original(module).__name__)
+    sites = tuple(f.site for f in matcher.found)
+    for site in sites:
+        _ = site.paths  # worked out once, before torch.compile comes across it
+    return replace(plan, sites=sites, run=run, any_layout=True)
+
+
+def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
+    """The plan of every unit of ``model`` that is not part of another's, outermost first."""
+    plans: dict[int, Plan] = {}
+    inlined: set[int] = set()
+
+    def plan_of(module: nn.Module) -> Plan:
+        if id(module) not in plans:
+            planned = is_planned(module)
+            plans[id(module)] = (
+                current_plan(module) if planned else make_plan(module, plan_of=plan_of)
+            )
+        return plans[id(module)]
+
+    for name, module in model.named_modules():
+        if isinstance(module, Fused) and is_native(module):
+            paths = {path for site in module.fused_sites() for path in site.modules}
+            inlined.update(id(child(module, path)) for path in paths)
+        elif is_unit(module) and id(module) not in inlined:
+            plan = plan_of(module)
+            inlined.update(id(child(module, path)) for path in plan.inlined if plan.run is not None)
+            yield name, module, plan
+
+
+def current_plan(module: Any) -> Plan:
+    """The plan of a fused module, made again if the module is no longer what it was made for."""
+    plan: Plan = module._fuse_plan
+    if plan.changed(module) is None:
+        return plan
+    if torch.compiler.is_compiling():
+        return Plan(error="the module was changed after fuse()")
+    plan = module._fuse_plan = make_plan(module, plan)
+    return plan
+
+
+def _read(module: nn.Module) -> Trace | str:
+    try:
+        return read(module, inlinable)
+    except Refused:
+        pass  # perhaps only a helper could not be read
+    try:
+        return read(module, lambda m: inlinable(m, helpers=False))
+    except Refused as refused:
+        return str(refused)
+
+
+def _watch_kinds(module: nn.Module) -> tuple[Any, ...]:
+    """For a forward that could not be read: try again when a child or attribute has changed."""
+    reads = tuple(
+        (name, value, freeze(value))
+        for name, value in module.__dict__.items()
+        if type(value) in (bool, int, str) and name != "training"
+    )
+    return (((), kinds(module), reads),)
+
+
+def _watched(module: nn.Module, trace: Trace) -> tuple[Any, ...]:
+    def entry(attributes: dict[str, Any], name: str, frozen: Any) -> tuple[str, Any, Any]:
+        # A value that compares by identity at once; what is inside a container may change unseen.
+        value = attributes.get(name, MISSING)
+        by_content = isinstance(value, (Tensor, *CONTAINERS)) or name == "training"
+        return (name, frozen if by_content else value, frozen)
+
+    result = []
+    for path in dict.fromkeys([*trace.children, *(path for path, _ in trace.reads)]):
+        attributes = child(module, path).__dict__
+        reads = tuple(
+            entry(attributes, name, frozen)
+            for (where, name), frozen in trace.reads.items()
+            if where == path
+        )
+        result.append((tuple(path.split(".")) if path else (), trace.children.get(path), reads))
+    return tuple(result)
+
+
+class _Layouts:
+    """What the plain part of a graph makes of the memory formats of its values."""
+
+    def __init__(self, trace: Trace, matcher: Matcher, plan_of: PlanOf) -> None:
+        self.trace, self.effects, self.plan_of = trace, matcher.effects, plan_of
+        self.plain = [n for n in trace.graph.nodes if n not in matcher.taken]
+
+    def any(self) -> bool:
+        """True if the forward does the same for every memory format."""
+        return all(
+            self._takes_any(node)
+            if node.op == "call_module"
+            else node.op != "call_method" or node.target not in ("view", *_LAYOUT)
+            for node in self.plain
+        )
+
+    def _takes_any(self, node: fx.Node) -> bool:
+        return self._any_layout(self.trace.modules[str(node.target)])
+
+    def _any_layout(self, module: nn.Module) -> bool:
+        if is_leaf(module) or isinstance(module, Fused):
+            return True
+        if is_sequential(module) and not is_planned(module):
+            return all(self._any_layout(m) for m in module.children())
+        return is_unit(module) and self.plan_of(module).any_layout
+
+    def prepare(self) -> str | None:
+        """Make the plain part independent of memory formats; returns why that cannot be done."""
+        graph = self.trace.graph
+        first = next(n for n in graph.nodes if n.op == "placeholder")
+        for node in self.plain:
+            if node.op == "call_method" and node.target in _LAYOUT:
+                return f"its forward asks for the memory layout ({node.target})"
+            if node.op == "call_method" and node.target == "view":
+                if self._written_later(node):
+                    return "its forward changes a view in place"
+                if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+                    node.target = "reshape"
+            if node.op == "call_module" and not self._takes_any(node):
+                with graph.inserting_before(node):
+                    node.args = tuple(
+                        graph.call_function(steps.as_eager, (a, first))
+                        if isinstance(a, fx.Node)
+                        else a
+                        for a in node.args
+                    )
+        return None
+
+    def _written_later(self, view: fx.Node) -> bool:
+        effects = self.effects
+        return any(
+            written & effects.roots[view] and effects.position[n] > effects.position[view]
+            for n, written in effects.written.items()
+        )
+
+
+def _compile(graph: fx.Graph, found: list[Found], name: str) -> Callable[..., Any]:
+    """Put the fused calls into ``graph`` and make a function of it."""
+    replaced: dict[fx.Node, fx.Node] = {}
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, Pair):
+            modules = tuple(graph.get_attr(path) for path in (value.conv, value.bn))
+            return graph.call_function(conv_bn, modules)
+        if isinstance(value, Param):
+            return graph.get_attr(value.path)
+        return replaced.get(value, value) if isinstance(value, fx.Node) else value
+
+    for call in found:
+        end = call.nodes[-1]
+        with graph.inserting_before(end):
+            new = graph.call_function(call.step, tuple(argument(a) for a in call.args))
+        end.replace_all_uses_with(new)
+        replaced[end] = new
+        for node in reversed(call.nodes):
+            graph.erase_node(node)
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<fused forward of {name}>", "exec"), namespace)
+    run: Callable[..., Any] = namespace["forward"]
+    return run

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which children of a ResNet each fused call replaces, and whether they stand in their places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from resnet_fused import modules
+from resnet_fused.modules import Site, get, pair
+
+DOWN = ("downsample", "downsample.0", "downsample.1")
+BASIC = Site("basic_block", ("conv1", "bn1", "relu", "conv2", "bn2"), ("conv1", "conv2"))
+BASIC_DOWN = Site("basic_block", (*BASIC.modules, *DOWN), (*BASIC.convs, DOWN[1]))
+BOTTLENECK = Site(
+    "bottleneck",
+    ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu"),
+    ("conv1", "conv2", "conv3"),
+)
+BOTTLENECK_DOWN = Site("bottleneck", (*BOTTLENECK.modules, *DOWN), (*BOTTLENECK.convs, DOWN[1]))
+STEM = Site("stem", ("conv1", "bn1", "relu", "maxpool"), ("conv1",))
+STEM_CONV = Site("conv_bn_act", ("conv1", "bn1", "relu"), ("conv1",))
+HEAD = Site("pool_linear", ("avgpool", "fc"), ())
+
+# why_plain says whether a module can be fused at all. These kinds can, but only in their places: an
+# Identity where a BatchNorm was computes something else.
+_PLACE: dict[type, str] = {
+    nn.Conv2d: "conv",
+    nn.BatchNorm2d: "bn",
+    nn.SyncBatchNorm: "bn",
+    nn.ReLU: "relu",
+    nn.MaxPool2d: "maxpool",
+    nn.AdaptiveAvgPool2d: "avgpool",
+    nn.Linear: "fc",
+    nn.Sequential: "downsample",
+    nn.Identity: "",
+    nn.Flatten: "",
+}
+_PLACE_OF_NAME = {"downsample.0": "conv", "downsample.1": "bn"}
+
+
+def in_place(owner: nn.Module, site: Site) -> Site | None:
+    """``site`` if no child of ``owner`` stands where another kind belongs, else None."""
+    for name in site.modules:
+        place = _PLACE_OF_NAME.get(name) or name.rstrip("123")
+        try:
+            kind = type(get(owner, name))
+        except (KeyError, AttributeError):
+            continue  # missing: why_plain says so
+        if _PLACE.get(kind, place) != place:
+            return None
+    return site
+
+
+def why_plain(owner: nn.Module, site: Site, x: Any) -> str | None:
+    """``modules.why_plain``, and plain modules for symbolic tracing, which wants to see them."""
+    return "symbolic tracing" if isinstance(x, fx.Proxy) else modules.why_plain(owner, site)
+
+
+def is_stem_pool(pool: nn.Module | None) -> bool:
+    """True for the max-pool that the stem op computes: 3x3, stride 2, padding 1."""
+    return (
+        type(pool) is nn.MaxPool2d
+        and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
+        == ((3, 3), (2, 2), (1, 1), (1, 1))
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )

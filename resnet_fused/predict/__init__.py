@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Classifying image files in bulk: find, decode, preprocess, run the model, write rows."""

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""report: what runs fused in a model, on which path, and why the rest does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from resnet_fused import dispatch
+from resnet_fused.fusion.plan import survey
+from resnet_fused.fusion.units import child, is_native, is_planned, original
+from resnet_fused.modules import Fused, why_plain
+
+
+class Row(NamedTuple):
+    """One convolution.
+
+    Args:
+        name: its name in the model.
+        pattern: the op that computes it, or would; empty if there is none.
+        fused: whether the op runs if the model is called now.
+        path: what computes it: a path of ``dispatch.choose``, or ``plain``, the original modules.
+        reason: why it is not fused or, if it is, why the op takes the reference path.
+    """
+
+    name: str
+    pattern: str
+    fused: bool
+    path: str
+    reason: str
+
+
+class Report:
+    """The rows of ``report``, one per convolution in the model's order; prints as a table."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __str__(self) -> str:
+        head = Row._fields
+        cells = [
+            head,
+            *((r.name, r.pattern, "yes" if r.fused else "no", *r[3:]) for r in self.rows),
+        ]
+        widths = [max(len(str(c[i])) for c in cells) for i in range(len(head))]
+        lines = [
+            "  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        return "\n".join([*lines, self.summary()])
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
+
+    def summary(self) -> str:
+        """One line: how many convolutions are fused, and into what."""
+        fused = [r for r in self.rows if r.fused]
+        patterns = Counter(f"{r.pattern} on {r.path}" for r in fused)
+        parts = ", ".join(f"{n} in {what}" for what, n in patterns.items())
+        return f"{len(fused)} of {len(self.rows)} convolutions fused" + (
+            f": {parts}" if parts else ""
+        )
+
+
+class _Rank(IntEnum):
+    """What a claim is worth: the first kind that anyone makes decides."""
+
+    FUSED = 0  # part of a fused call
+    REFUSED = 1
+    BROKEN = 2  # the module was fused, and no longer can be
+    POSSIBLE = 3  # fuse() would
+    UNREADABLE = 4
+
+
+class _Claim(NamedTuple):
+    """What one module says about a convolution below it."""
+
+    rank: _Rank
+    pattern: str
+    reason: str
+
+
+def report(model: nn.Module) -> Report:
+    """List every convolution of ``model``: fused or not, on which path, and why.
+
+    Nothing of the model is changed; modules that ``fuse`` has not seen are looked at as it would.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Rows with ``name``, ``pattern``, ``fused``, ``path`` and ``reason``; prints as a table.
+    """
+    claims: dict[int, list[_Claim]] = {}
+    for conv, claim in _claims(model):
+        claims.setdefault(id(conv), []).append(claim)
+    return Report(
+        [_row(n, m, claims.get(id(m), [])) for n, m in model.named_modules() if is_conv(m)]
+    )
+
+
+def is_conv(module: nn.Module) -> bool:
+    """True for anything that a reader would call a convolution."""
+    if isinstance(module, _ConvNd):
+        return True
+    weight = getattr(module, "weight", None)
+    if "conv" not in type(module).__name__.lower() or isinstance(module, (nn.Sequential, Fused)):
+        return False
+    return callable(weight) or (weight is not None and weight.dim() >= 3)
+
+
+def _claims(model: nn.Module) -> Iterator[tuple[nn.Module, _Claim]]:
+    for module in model.modules():
+        if isinstance(module, Fused) and is_native(module):
+            for site in module.fused_sites():
+                reason = why_plain(module, site) or ""
+                for conv in site.convs:
+                    yield child(module, conv), _Claim(_Rank.FUSED, site.pattern, reason)
+    for name, module, plan in survey(model):
+        planned = is_planned(module)
+        rank = _Rank.FUSED if planned else _Rank.POSSIBLE
+        reason = (plan.why_plain(module) or "") if planned else "fuse() was not called on it"
+        for site in plan.sites:
+            for conv in site.convs:
+                yield child(module, conv), _Claim(rank, site.pattern, reason)
+        for path, why in plan.refused.items():
+            yield child(module, path), _Claim(_Rank.REFUSED, "", why)
+        if plan.error:
+            rank = _Rank.BROKEN if planned else _Rank.UNREADABLE
+            where = f"'{name}' ({original(module).__name__})" if name else original(module).__name__
+            for below in filter(is_conv, module.modules()):
+                yield below, _Claim(rank, "", f"{where}: {plan.error}")
+
+
+def _row(name: str, conv: nn.Module, claims: list[_Claim]) -> Row:
+    if not claims:
+        kind = type(conv).__name__
+        reason = f"{kind} is not called by any forward that could be read"
+        return Row(name, "", False, "plain", reason)
+    rank = min(c.rank for c in claims)
+    best = [c for c in claims if c.rank == rank]
+    pattern = best[0].pattern
+    if rank in (_Rank.BROKEN, _Rank.UNREADABLE):
+        reason = best[-1].reason  # the nearest module's
+    else:
+        reason = next((c.reason for c in best if c.reason), "")  # one plain call decides
+    if rank == _Rank.FUSED and not reason:
+        others = (c.reason for c in claims if c.rank == _Rank.REFUSED)
+        reason = next((f"another call of it: {other}" for other in others), "")
+    if rank == _Rank.FUSED and not reason:
+        weight: Any = conv.weight
+        path = dispatch.choose(weight.device.type, weight.dtype, pattern)
+        return Row(name, pattern, True, path.name, path.reason)
+    return Row(name, pattern, False, "plain", reason)
