@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The index of the library: every op's schema and its kernels, registered when the library is loaded. Fake kernels and
-// autograd formulas are registered in resnet_fused/ops.
+// The index of the library: every op's schema and its kernels, registered when the library is
+// loaded. Fake kernels and autograd formulas are registered in resnet_fused/ops.
 #include "kernels/tile_conv.h"
 #include "ops/ops.h"
 
@@ -17,13 +17,16 @@
 #define RESNET_FUSED_BUILD_ARCHS ""
 #endif
 
-// One convolution and its BatchNorm; geometry is stride, padding and dilation of H and W each, and groups.
-#define CONV_BN(name)                                                                                       \
-  "Tensor " name "weight, Tensor? " name "bias, Tensor? " name "bn_weight, Tensor? " name "bn_bias, Tensor? " name \
-  "running_mean, Tensor? " name "running_var, float " name "eps, int[] " name "geometry"
-#define OPTIONAL_CONV_BN(name)                                                                               \
-  "Tensor? " name "weight, Tensor? " name "bias, Tensor? " name "bn_weight, Tensor? " name "bn_bias, Tensor? " name \
-  "running_mean, Tensor? " name "running_var, float " name "eps, int[] " name "geometry"
+// One convolution and its BatchNorm; geometry is stride, padding and dilation of H and W each, and
+// groups.
+#define CONV_BN(name)                                                                     \
+  "Tensor " name "weight, Tensor? " name "bias, Tensor? " name "bn_weight, Tensor? " name \
+  "bn_bias, Tensor? " name "running_mean, Tensor? " name "running_var, float " name       \
+  "eps, int[] " name "geometry"
+#define OPTIONAL_CONV_BN(name)                                                             \
+  "Tensor? " name "weight, Tensor? " name "bias, Tensor? " name "bn_weight, Tensor? " name \
+  "bn_bias, Tensor? " name "running_mean, Tensor? " name "running_var, float " name        \
+  "eps, int[] " name "geometry"
 
 namespace resnet_fused {
 namespace {
@@ -42,33 +45,39 @@ constexpr Op* kAddReluCuda = nullptr;
 #endif
 
 constexpr Registration kOps[] = {
-    {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu) -> Tensor", "conv_bn_act", conv_bn_act_cpu,
-     nullptr},
+    {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu) -> Tensor", "conv_bn_act",
+     conv_bn_act_cpu, nullptr},
     {"add_relu(Tensor x, Tensor y) -> Tensor", "add_relu", add_relu_cpu, kAddReluCuda},
     {"stem(Tensor x, " CONV_BN("") ") -> Tensor", "stem", stem_cpu, nullptr},
-    {"basic_block(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " OPTIONAL_CONV_BN("downsample_") ") -> Tensor",
-     "basic_block", basic_block_cpu, nullptr},
-    {"bottleneck(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " CONV_BN("conv3_") ", " OPTIONAL_CONV_BN(
+    {"basic_block(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " OPTIONAL_CONV_BN(
          "downsample_") ") -> Tensor",
+     "basic_block", basic_block_cpu, nullptr},
+    {"bottleneck(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " CONV_BN(
+         "conv3_") ", " OPTIONAL_CONV_BN("downsample_") ") -> Tensor",
      "bottleneck", bottleneck_cpu, nullptr},
-    {"pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", "pool_linear", pool_linear_cpu, nullptr},
+    {"pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", "pool_linear", pool_linear_cpu,
+     nullptr},
 };
 
 // Library objects live as long as the process: torch frees them last.
 TorchLibraryHandle open_impl(const char* key) {
   TorchLibraryHandle library = nullptr;
-  check_torch(aoti_torch_library_init_impl("resnet_fused", key, __FILE__, __LINE__, &library), "registration");
+  check_torch(aoti_torch_library_init_impl("resnet_fused", key, __FILE__, __LINE__, &library),
+              "registration");
   return library;
 }
 
 const bool registered = [] {
   TorchLibraryHandle def = nullptr;
-  check_torch(aoti_torch_library_init_def("resnet_fused", __FILE__, __LINE__, &def), "registration");
+  check_torch(aoti_torch_library_init_def("resnet_fused", __FILE__, __LINE__, &def),
+              "registration");
   const TorchLibraryHandle cpu = open_impl("CPU"), cuda = open_impl("CUDA");
   for (const Registration& op : kOps) {
     check_torch(aoti_torch_library_def(def, op.schema), op.name);
-    if (op.cpu != nullptr) check_torch(torch_library_impl(cpu, op.name, op.cpu, kTorchVersion), op.name);
-    if (op.cuda != nullptr) check_torch(torch_library_impl(cuda, op.name, op.cuda, kTorchVersion), op.name);
+    if (op.cpu != nullptr)
+      check_torch(torch_library_impl(cpu, op.name, op.cpu, kTorchVersion), op.name);
+    if (op.cuda != nullptr)
+      check_torch(torch_library_impl(cuda, op.name, op.cuda, kTorchVersion), op.name);
   }
   return true;
 }();
@@ -79,8 +88,8 @@ const bool registered = [] {
 extern "C" {
 // Lines of key=value about the build; nvcc and archs are empty without CUDA.
 __attribute__((visibility("default"))) const char* resnet_fused_build_info() {
-  return "version=" RESNET_FUSED_VERSION "\ncxx=" RESNET_FUSED_BUILD_CXX "\nnvcc=" RESNET_FUSED_BUILD_NVCC
-         "\narchs=" RESNET_FUSED_BUILD_ARCHS;
+  return "version=" RESNET_FUSED_VERSION "\ncxx=" RESNET_FUSED_BUILD_CXX
+         "\nnvcc=" RESNET_FUSED_BUILD_NVCC "\narchs=" RESNET_FUSED_BUILD_ARCHS;
 }
 
 // 1 if the loaded torch has the oneDNN convolutions the CPU ops call.
@@ -90,5 +99,7 @@ __attribute__((visibility("default"))) int resnet_fused_has_onednn() {
 }
 
 // 1 if this CPU and kernel let the process use AMX.
-__attribute__((visibility("default"))) int resnet_fused_has_amx() { return resnet_fused::amx_available(); }
+__attribute__((visibility("default"))) int resnet_fused_has_amx() {
+  return resnet_fused::amx_available();
+}
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Declarations of the LibTorch stable C ABI (2.10) that this library uses, and a thin RAII layer over them.
-// Nothing else in csrc knows torch. Building needs no torch: the functions are found in libtorch when the library
-// is loaded. tests/abi holds these declarations against torch's own headers.
+// Declarations of the LibTorch stable C ABI (2.10) that this library uses, and a thin RAII layer
+// over them. Nothing else in csrc knows torch. Building needs no torch: the functions are found in
+// libtorch when the library is loaded. tests/abi holds these declarations against torch's own
+// headers.
 //
 // Functions that some torch builds lack are weak: their address is null there.
 #pragma once
@@ -27,7 +28,8 @@ using StableIValue = uint64_t;
 typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* ctx);
 
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
-AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle orig_handle, AtenTensorHandle* new_handle);
+AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle orig_handle,
+                                            AtenTensorHandle* new_handle);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
@@ -37,11 +39,13 @@ AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret_
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret_device_index);
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void** ret_data_ptr);
-AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
-                                        int32_t dtype, int32_t device_type, int32_t device_index,
+AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr,
+                                        const int64_t* strides_ptr, int32_t dtype,
+                                        int32_t device_type, int32_t device_index,
                                         AtenTensorHandle* ret_new_tensor);
-AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle self, int64_t ndim, const int64_t* sizes_ptr,
-                                              const int64_t* strides_ptr, int64_t storage_offset,
+AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle self, int64_t ndim,
+                                              const int64_t* sizes_ptr, const int64_t* strides_ptr,
+                                              int64_t storage_offset,
                                               AtenTensorHandle* ret_new_tensor);
 AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
 
@@ -54,45 +58,50 @@ int32_t aoti_torch_device_type_cuda();
 
 AOTITorchError aoti_torch_library_init_def(const char* ns, const char* file, uint32_t line,
                                            TorchLibraryHandle* ret_new_torch_lib);
-AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
-                                            TorchLibraryHandle* ret_new_torch_lib);
+AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file,
+                                            uint32_t line, TorchLibraryHandle* ret_new_torch_lib);
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
-                                  void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
-AOTITorchError torch_call_dispatcher(const char* opName, const char* overloadName, StableIValue* stack,
-                                     uint64_t extension_build_version);
+                                  void (*fn)(StableIValue*, uint64_t, uint64_t),
+                                  uint64_t extension_build_version);
+AOTITorchError torch_call_dispatcher(const char* opName, const char* overloadName,
+                                     StableIValue* stack, uint64_t extension_build_version);
 
 AOTITorchError torch_new_list_reserve_size(size_t size, StableListHandle* ret);
 AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
-AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
+AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index,
+                                   StableIValue* element);
 AOTITorchError torch_list_push_back(StableListHandle list_handle, StableIValue element);
 AOTITorchError torch_delete_list(StableListHandle list_handle);
 
-AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func,
+                                  void* ctx);
 AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
 
 AOTITorchError aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* ret_guard);
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard);
 // In libtorch_cuda only.
-__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                        void** ret_stream);
 // From torch 2.11 on.
-__attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes_ptr,
-                                                     const int64_t* strides_ptr, int64_t storage_offset, int32_t dtype,
-                                                     int32_t device_type, int32_t device_index, AtenTensorHandle* ret,
-                                                     int32_t layout, const uint8_t* opaque_metadata,
-                                                     int64_t opaque_metadata_size,
-                                                     void (*deleter)(void* data, void* ctx), void* deleter_ctx);
+__attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
+    int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+    AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* ctx), void* deleter_ctx);
 // From torch 2.13 on.
 __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 // Not part of the stable set, hence weak: torch builds without oneDNN lack them.
 __attribute__((weak)) AOTITorchError aoti_torch_cpu_mkldnn__convolution_pointwise(
-    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const int64_t* padding, int64_t padding_len_,
-    const int64_t* stride, int64_t stride_len_, const int64_t* dilation, int64_t dilation_len_, int64_t groups,
-    const char* attr, const double** scalars, int64_t scalars_len_, const char** algorithm, AtenTensorHandle* ret0);
+    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const int64_t* padding,
+    int64_t padding_len_, const int64_t* stride, int64_t stride_len_, const int64_t* dilation,
+    int64_t dilation_len_, int64_t groups, const char* attr, const double** scalars,
+    int64_t scalars_len_, const char** algorithm, AtenTensorHandle* ret0);
 __attribute__((weak)) AOTITorchError aoti_torch_cpu_mkldnn__convolution_pointwise_binary(
-    AtenTensorHandle X, AtenTensorHandle other, AtenTensorHandle W, AtenTensorHandle* B, const int64_t* padding,
-    int64_t padding_len_, const int64_t* stride, int64_t stride_len_, const int64_t* dilation, int64_t dilation_len_,
-    int64_t groups, const char* binary_attr, double* alpha, const char** unary_attr, const double** unary_scalars,
+    AtenTensorHandle X, AtenTensorHandle other, AtenTensorHandle W, AtenTensorHandle* B,
+    const int64_t* padding, int64_t padding_len_, const int64_t* stride, int64_t stride_len_,
+    const int64_t* dilation, int64_t dilation_len_, int64_t groups, const char* binary_attr,
+    double* alpha, const char** unary_attr, const double** unary_scalars,
     int64_t unary_scalars_len_, const char** unary_algorithm, AtenTensorHandle* ret0);
 }  // extern "C"
 
@@ -194,17 +203,20 @@ class Tensor {
 };
 
 // A new tensor with uninitialised memory on the device of `like`.
-inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, int32_t dtype, const Tensor& like) {
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, int32_t dtype,
+                            const Tensor& like) {
   AtenTensorHandle h = nullptr;
-  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                       like.device_type(), like.device_index(), &h),
-              "allocation");
+  check_torch(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype, like.device_type(), like.device_index(), &h),
+      "allocation");
   return Tensor(h);
 }
 
 inline Sizes contiguous_strides(const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
   return strides;
 }
 
@@ -222,7 +234,8 @@ inline Tensor images(const Tensor& t, int64_t first, int64_t count) {
   int64_t offset = 0;
   check_torch(aoti_torch_get_storage_offset(t.handle(), &offset), "storage offset");
   AtenTensorHandle h = nullptr;
-  check_torch(aoti_torch__reinterpret_tensor(t.handle(), 4, sizes.data(), t.strides(), offset + first * t.stride(0), &h),
+  check_torch(aoti_torch__reinterpret_tensor(t.handle(), 4, sizes.data(), t.strides(),
+                                             offset + first * t.stride(0), &h),
               "slicing");
   return Tensor(h);
 }
@@ -230,7 +243,9 @@ inline Tensor images(const Tensor& t, int64_t first, int64_t count) {
 // Call f(begin, end) on torch's intra-op threads; f must not throw.
 template <typename F>
 void parallel_for(int64_t n, int64_t grain, F&& f) {
-  auto call = [](int64_t begin, int64_t end, void* ctx) { (*static_cast<std::remove_reference_t<F>*>(ctx))(begin, end); };
+  auto call = [](int64_t begin, int64_t end, void* ctx) {
+    (*static_cast<std::remove_reference_t<F>*>(ctx))(begin, end);
+  };
   check_torch(torch_parallel_for(0, n, grain, call, &f), "parallel_for");
 }
 

@@ -71,13 +71,15 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
         "fused_from": cls,
         "forward": forward,
     }
-    _CLASSES[cls] = made = type(cls)(f"Fused{cls.__name__}", (Planned, cls), names)
-    return made
+    metaclass: Any = type(cls)
+    fused: type[nn.Module] = metaclass(f"Fused{cls.__name__}", (Planned, cls), names)
+    _CLASSES[cls] = fused
+    return fused
 
 
-def _new(cls: type, *args: Any) -> Any:
+def _new(cls: type[nn.Module], *args: Any) -> Any:
     """An uninitialised instance of the fused form of ``cls``; pickle fills it."""
-    fused = _planned_class(cls)
+    fused: Any = _planned_class(cls)
     return fused.__new__(fused, *args)
 
 

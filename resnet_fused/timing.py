@@ -193,10 +193,10 @@ def _no_collection() -> Iterator[None]:
 def _warm_up(
     timed: Callable[[], float], window_s: float, limit_s: float, agree: float = 0.1
 ) -> Warmup:
-    """Call in windows until the medians of the last two agree, or `limit_s` has passed."""
+    """Call in windows, one at least, until the last two's medians agree or `limit_s` has passed."""
     windows: list[list[float]] = []
     total, settled = 0.0, False
-    while not settled and total < limit_s * 1e3:
+    while not windows or (not settled and total < limit_s * 1e3):
         windows.append([timed()])
         while sum(windows[-1]) < window_s * 1e3:
             windows[-1].append(timed())
@@ -233,7 +233,7 @@ def measure(
         min_rounds: rounds done whatever they cost.
         max_rounds: rounds after which to stop early.
         visit_s: time of one visit.
-        warmup_s: bound on the warm-up of each contender.
+        warmup_s: bound on the warm-up of each contender; all together take half the budget at most.
         seed: of the order within the rounds.
         now: clock in nanoseconds.
 
@@ -262,6 +262,7 @@ def measure(
             call()
         return [timed(call) for _ in range(count)]
 
+    warmup_s = min(warmup_s, budget_s / 2 / len(contenders))
     order = list(contenders)
     shuffler = random.Random(seed)
     started = now()

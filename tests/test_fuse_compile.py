@@ -6,12 +6,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import fuse_zoo
 import pytest
 import torch
-from fuse_zoo import Basic, Bottle, HelperBlock, Net, image, randomise
 from torch import nn
 
+import fuse_zoo
+from fuse_zoo import Basic, Bottle, HelperBlock, Net, image, randomise
 from resnet_fused import dispatch
 from resnet_fused.fuse import fuse
 from resnet_fused.report import report
@@ -104,7 +104,7 @@ def test_jit_trace_gives_standard_ops() -> None:
 
 
 def test_symbolic_trace_sees_the_modules() -> None:
-    """Feature extractors built on torch.fx find no convolution; the result cannot be fused again."""
+    """Feature extractors built on torch.fx find no convolution; what they give cannot be fused."""
     plain, fused = make()
     traced = torch.fx.symbolic_trace(fused)
     targets = {n.target for n in traced.graph.nodes if n.op == "call_module"}

@@ -198,6 +198,17 @@ def test_one_batchnorm_in_train_mode(calls: list[str]) -> None:
     assert not row.fused and row.reason == "'bn1' is in training mode"
 
 
+def test_helper_in_train_mode_again_and_again(calls: list[str]) -> None:
+    """A mode counts as a change of the module, and after a few calls the module is given up."""
+    fused = fuse(make())
+    for mode in [True, False] * 20:
+        fused.layer1[1].layer[0].train(mode)
+        fused(image())
+    calls.clear()
+    fused(image())
+    assert calls == ALL
+
+
 def test_gradients() -> None:
     """Gradients in eval mode differ from the original's in float64."""
     plain = make().double()

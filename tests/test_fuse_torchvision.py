@@ -6,12 +6,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import fuse_zoo
 import pytest
 import torch
-from fuse_zoo import image, randomise
 from torch import Tensor, nn
 
+import fuse_zoo
+from fuse_zoo import image, randomise
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.report import report
 
@@ -45,7 +45,8 @@ def tame(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, m in model.named_modules():
             if hasattr(m, "running_var"):
-                m.weight.mul_(0.2 if name.endswith(("bn2", "bn3")) else 1.0)
+                m.weight.fill_(0.2 if name.endswith(("bn2", "bn3")) else 1.0)
+                m.bias.copy_(torch.linspace(-0.5, 0.5, len(m.bias)))
     return model
 
 
@@ -98,7 +99,7 @@ def test_intermediate_layer_getter() -> None:
 
     plain_model = tame(build("resnet18"))
     layers = {"relu": "a", "layer2": "b", "layer4": "c"}
-    plain = IntermediateLayerGetter(plain_model, layers)
+    plain = IntermediateLayerGetter(plain_model, layers).eval()
     outside = fuse(plain)
     assert all(r.fused for r in report(outside))
     check(plain, outside, image(1, 64))
@@ -129,6 +130,7 @@ def test_fpn_backbone() -> None:
     check(plain, fused, image(1, 64))
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_other_families() -> None:
     """Other torchvision models break, rather than being fused in part."""
     for name in ("mobilenet_v2", "densenet121", "vgg11_bn", "googlenet"):

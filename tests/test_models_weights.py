@@ -38,9 +38,10 @@ FORMS = {
     "model": lambda s: {"model": s, "optimizer": {"lr": 0.1, "steps": [1, 2]}},
     "model_state_dict": lambda s: {"model_state_dict": s},
     "DataParallel": lambda s: {f"module.{k}": v for k, v in s.items()},
-    "compiled DataParallel": lambda s: {
+    "compiled in DataParallel": lambda s: {
         "state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}
     },
+    "DataParallel compiled": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     "parameters": lambda s: {
         k: nn.Parameter(v) if v.is_floating_point() else v for k, v in s.items()
     },
@@ -49,10 +50,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("suffix", [".pth", ".pth.tar"])
-def test_files_by_torch_save(form: str, suffix: str, state: State, tmp_path: Path) -> None:
+def test_files_by_torch_save(form: str, state: State, tmp_path: Path) -> None:
     """The ways training scripts save; the class count follows from the file."""
-    path = tmp_path / f"weights{suffix}"
+    path = tmp_path / ("weights.pth.tar" if form == "state_dict" else "weights")
     torch.save(FORMS[form](state), path)
     for weights in (path, str(path)):
         model = models.resnet18(weights=weights)
@@ -106,6 +106,26 @@ def test_what_does_not_fit_is_listed_briefly(state: State, tmp_path: Path) -> No
     assert "1 unexpected: head.scale" in text
     assert "1 of another shape: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]" in text
     assert len(text) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"head.scale": torch.ones(3)}, "1 unexpected: head.scale"),
+        (lambda s: s | {"bn1.bias": torch.ones(3)}, "1 of another shape: bn1.bias .3. instead"),
+        (lambda s: {k: v for k, v in s.items() if k != "bn1.bias"}, "1 missing: bn1.bias"),
+        (
+            lambda s: {f"module.{k}" if "fc" in k else k: v for k, v in s.items()},
+            "2 missing: fc.weight, fc.bias\n  2 unexpected: module.fc.weight",
+        ),
+    ],
+    ids=["unexpected", "shape", "missing", "some prefixed"],
+)
+def test_one_wrong_key_is_enough(change: Any, message: str, state: State, tmp_path: Path) -> None:
+    """Loading is strict in each of its three ways, and only a prefix of every key is removed."""
+    torch.save(change(state), tmp_path / "a.pth")
+    with pytest.raises(RuntimeError, match=message):
+        models.resnet18(weights=tmp_path / "a.pth", num_classes=7)
 
 
 def test_weights_of_another_depth_are_refused(state: State, tmp_path: Path) -> None:

@@ -190,9 +190,18 @@ def test_warm_up_of_something_that_never_settles_ends() -> None:
     """Breaks if the warm-up has no bound."""
     clock = Clock()
     work = clock.work("a", *[100.0 * 1.5 ** (i % 7) for i in range(500)])
-    result = measure({"a": work}, warmup_s=3, max_rounds=3, budget_s=5, now=clock)
+    result = measure({"a": work}, warmup_s=3, max_rounds=3, budget_s=9, now=clock)
     assert not result.warmups["a"].settled
     assert 3 <= result.warmups["a"].seconds < 5
+
+
+def test_a_spent_budget_leaves_one_warm_up_call_and_the_minimum_of_rounds() -> None:
+    """Breaks if a budget of zero or less skips the warm-up, which tells how long a call takes."""
+    for budget in (0.0, -5.0):
+        clock = Clock()
+        result = measure({"a": clock.work("a", 300.0)}, budget_s=budget, now=clock)
+        assert result.warmups["a"].calls == 1 and not result.warmups["a"].settled
+        assert result.samples("a") == [300.0] * 3
 
 
 def test_the_budget_stops_rounds_but_never_below_the_minimum() -> None:

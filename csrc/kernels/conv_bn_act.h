@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The passes around a library convolution on the CPU. The convolution itself (with BatchNorm folded into its weights
-// and the residual added before its one rounding) is oneDNN's; these are what it cannot do right or at all: a ReLU
-// that keeps NaN (oneDNN's turns NaN into 0), float32 detours, and folding.
+// The passes around a library convolution on the CPU. The convolution itself (with BatchNorm folded
+// into its weights and the residual added before its one rounding) is oneDNN's; these are what it
+// cannot do right or at all: a ReLU that keeps NaN (oneDNN's turns NaN into 0), float32 detours,
+// and folding.
 #pragma once
 
 #include <cstddef>
@@ -11,11 +12,11 @@
 namespace resnet_fused {
 
 struct ActParams {
-  const void* in;    // dense
-  void* out;         // dense, in the order of in; may be in itself if the dtypes agree
-  DType in_dtype;    // out_dtype, or f32
-  DType out_dtype;   // f32, bf16 or f16
-  bool relu;         // out = max(in, 0), NaN kept; else out = in
+  const void* in;   // dense
+  void* out;        // dense, in the order of in; may be in itself if the dtypes agree
+  DType in_dtype;   // out_dtype, or f32
+  DType out_dtype;  // f32, bf16 or f16
+  bool relu;        // out = max(in, 0), NaN kept; else out = in
 };
 
 // Elements [begin, end): activation, and the rounding to out_dtype where in is f32.
@@ -27,8 +28,8 @@ void widen_cpu(const void* in, DType in_dtype, float* out, int64_t begin, int64_
 // False if one of the n elements is NaN or infinite.
 bool all_finite_cpu(const void* in, DType dtype, int64_t n);
 
-// BatchNorm of K channels behind a convolution; every pointer but scale and shift may be null: 1 for bn_weight, 0 for
-// bias, bn_bias and mean, and no normalisation for var.
+// BatchNorm of K channels behind a convolution; every pointer but scale and shift may be null: 1
+// for bn_weight, 0 for bias, bn_bias and mean, and no normalisation for var.
 struct FoldParams {
   const float* bias;
   const float* bn_weight;
@@ -43,13 +44,14 @@ struct FoldParams {
 void fold_cpu(const FoldParams& p);
 
 // weight[k][i] *= scale[k] for channels [begin, end), `per_channel` weights each.
-void scale_weight_cpu(float* weight, const float* scale, int64_t per_channel, int64_t begin, int64_t end);
+void scale_weight_cpu(float* weight, const float* scale, int64_t per_channel, int64_t begin,
+                      int64_t end);
 
 // A 64-bit mixture of `bytes` bytes and of `seed`; the whole memory is read.
 uint64_t hash_cpu(const void* data, size_t bytes, uint64_t seed);
 
-// As hash_cpu of `samples` words of 8 bytes spread evenly over the memory: notices any change of the whole, not one
-// of a few elements.
+// As hash_cpu of `samples` words of 8 bytes spread evenly over the memory: notices any change of
+// the whole, not one of a few elements.
 uint64_t sample_hash_cpu(const void* data, size_t bytes, int samples, uint64_t seed);
 
 }  // namespace resnet_fused

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// pool_linear: out[n, k] = sum_c weight[k, c] * mean_hw(x[n, h, w, c]) + bias[k], all in fp32, rounded once.
-// The order of every sum depends on C, H and W alone, so an image's result does not depend on its batch.
+// pool_linear: out[n, k] = sum_c weight[k, c] * mean_hw(x[n, h, w, c]) + bias[k], all in fp32,
+// rounded once. The order of every sum depends on C, H and W alone, so an image's result does not
+// depend on its batch.
 #pragma once
 
 #include "dtype.h"

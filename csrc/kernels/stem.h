@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// stem, the part behind the convolution: out[n, p, q, k] = max over a 3x3 window (stride 2, padding 1) of
-// max(in[n, h, w, k], 0). NaN wins every maximum, as in torch.
+// stem, the part behind the convolution: out[n, p, q, k] = max over a 3x3 window (stride 2, padding
+// 1) of max(in[n, h, w, k], 0). NaN wins every maximum, as in torch.
 #pragma once
 
 #include "dtype.h"

@@ -10,10 +10,13 @@ namespace {
 
 struct Operands {
   Tensor x, y, out;  // same sizes and strides, dense
-  AddReluParams params() const { return {x.data(), y.data(), out.mutable_data(), out.numel(), dtype_of(out)}; }
+  AddReluParams params() const {
+    return {x.data(), y.data(), out.mutable_data(), out.numel(), dtype_of(out)};
+  }
 };
 
-// A new tensor laid out as torch lays out elementwise results: t's strides if t is dense, else its order of dimensions.
+// A new tensor laid out as torch lays out elementwise results: t's strides if t is dense, else its
+// order of dimensions.
 Tensor empty_like(const Tensor& t) {
   StableIValue stack[6] = {boxed(t.share())};
   call_op("aten::empty_like", stack);
@@ -45,9 +48,11 @@ Operands read(StableIValue* stack) {
           "add_relu: y must be on x's device");
   const DType dtype = dtype_of(o.x);
   require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16,
-          "add_relu: x must be float32, bfloat16 or float16; use the function resnet_fused.add_relu for float64");
+          "add_relu: x must be float32, bfloat16 or float16; use the function "
+          "resnet_fused.add_relu for float64");
   require(dtype == dtype_of(o.y), "add_relu: y must have x's dtype");
-  require(same_sizes(o.y, o.x.shape()), "add_relu: y must have x's shape ", Shape{o.x}, ", got ", Shape{o.y});
+  require(same_sizes(o.y, o.x.shape()), "add_relu: y must have x's shape ", Shape{o.x}, ", got ",
+          Shape{o.y});
   o.out = empty_like(o.x);
   const Sizes strides(o.out.strides(), o.out.strides() + o.out.dim());
   o.x = with_strides(o.x, strides);
@@ -90,7 +95,8 @@ void add_relu_cuda(StableIValue* stack, uint64_t, uint64_t) {
   check_torch(aoti_torch_get_current_cuda_stream(o.x.device_index(), &stream), "current stream");
   const AddReluParams p = o.params();
   const int error = p.n > 0 ? launch_add_relu_cuda(p, stream) : 0;
-  require(error == 0, "add_relu: CUDA error ", error, " for shape ", Shape{o.x}, " on cuda:", o.x.device_index());
+  require(error == 0, "add_relu: CUDA error ", error, " for shape ", Shape{o.x},
+          " on cuda:", o.x.device_index());
   stack[0] = boxed(std::move(o.out));
 }
 #endif

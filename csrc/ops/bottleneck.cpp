@@ -9,7 +9,8 @@ void bottleneck_cpu(StableIValue* stack, uint64_t, uint64_t) {
   Chain chain;
   chain.op = "bottleneck";
   chain.x = args.tensor();
-  for (const char* name : {"conv1.", "conv2.", "conv3."}) chain.convs.push_back(read_conv(args, name));
+  for (const char* name : {"conv1.", "conv2.", "conv3."})
+    chain.convs.push_back(read_conv(args, name));
   chain.downsample = read_optional_conv(args, "downsample.");
   chain.add_x = !chain.downsample.present();
   stack[0] = boxed(run_chain(chain));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The boxed calling convention of LibTorch's stable ABI: every argument and result is 64 bits. Tensors and lists are
-// owning handles, an optional is a heap pointer to such a value or null.
+// The boxed calling convention of LibTorch's stable ABI: every argument and result is 64 bits.
+// Tensors and lists are owning handles, an optional is a heap pointer to such a value or null.
 #pragma once
 
 #include "../torch_abi.h"

@@ -36,7 +36,8 @@ inline bool same_sizes(const Tensor& t, const Sizes& sizes) {
 }
 
 inline void require_on_cpu(const Tensor& t, const char* op, const char* prefix, const char* name) {
-  require(t.device_type() == aoti_torch_device_type_cpu(), op, ": ", prefix, name, " must be on the CPU like x");
+  require(t.device_type() == aoti_torch_device_type_cpu(), op, ": ", prefix, name,
+          " must be on the CPU like x");
   require(dtype_of(t) != DType::other, op, ": ", prefix, name,
           " must be float32, bfloat16, float16 or float64, got another dtype");
 }

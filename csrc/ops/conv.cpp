@@ -24,7 +24,9 @@ Tensor to_channels_last(const Tensor& x) {
     int64_t offset = 0;
     check_torch(aoti_torch_get_storage_offset(x.handle(), &offset), "storage offset");
     AtenTensorHandle h = nullptr;
-    check_torch(aoti_torch__reinterpret_tensor(x.handle(), 4, sizes.data(), strides.data(), offset, &h), "view");
+    check_torch(
+        aoti_torch__reinterpret_tensor(x.handle(), 4, sizes.data(), strides.data(), offset, &h),
+        "view");
     return Tensor(h);
   }
   Tensor copy = empty_channels_last(x.shape(), dtype_of(x), x);
@@ -46,7 +48,8 @@ Conv read_rest(Args& args, const char* name, Tensor weight) {
   c.eps = args.number();
   const Sizes g = args.integers();
   if (!c.present()) return c;
-  require(g.size() == 7, name, "geometry must be 7 integers (stride, padding, dilation of H and W, groups), got ",
+  require(g.size() == 7, name,
+          "geometry must be 7 integers (stride, padding, dilation of H and W, groups), got ",
           g.size());
   for (size_t i = 0; i < 2; ++i) {
     c.stride[i] = g[i];
@@ -60,7 +63,9 @@ Conv read_rest(Args& args, const char* name, Tensor weight) {
 }  // namespace
 
 Conv read_conv(Args& args, const char* name) { return read_rest(args, name, args.tensor()); }
-Conv read_optional_conv(Args& args, const char* name) { return read_rest(args, name, args.optional_tensor()); }
+Conv read_optional_conv(Args& args, const char* name) {
+  return read_rest(args, name, args.optional_tensor());
+}
 
 Tensor run_chain(const Chain& chain) {
   const Sizes out_sizes = check_chain(chain);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A convolution with its BatchNorm as an op argument, and the chain of convolutions that every block is.
+// A convolution with its BatchNorm as an op argument, and the chain of convolutions that every
+// block is.
 #pragma once
 
 #include <memory>
@@ -24,24 +25,27 @@ struct Conv {
   int64_t out_size(int i, int64_t in) const {
     return (in + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) / stride[i] + 1;
   }
-  Sizes out_sizes(const Sizes& in) const { return {in[0], channels(), out_size(0, in[2]), out_size(1, in[3])}; }
+  Sizes out_sizes(const Sizes& in) const {
+    return {in[0], channels(), out_size(0, in[2]), out_size(1, in[3])};
+  }
 };
 
-// The eight arguments of one convolution, whose weight the schema declares as Tensor or as Tensor?; an absent one has
-// no weight.
+// The eight arguments of one convolution, whose weight the schema declares as Tensor or as Tensor?;
+// an absent one has no weight.
 Conv read_conv(Args& args, const char* name);
 Conv read_optional_conv(Args& args, const char* name);
 
 // Throw unless `conv` fits an input of these sizes.
 void check_conv(const Conv& conv, const Sizes& in, const char* op);
 
-// act(conv_n(... relu(conv_1(x))) + shortcut), the shortcut being residual, downsample(x) or x itself.
+// act(conv_n(... relu(conv_1(x))) + shortcut), the shortcut being residual, downsample(x) or x
+// itself.
 struct Chain {
   const char* op = "";
   Tensor x;
   std::vector<Conv> convs;
-  Conv downsample;    // may be absent
-  Tensor residual;    // may be absent
+  Conv downsample;     // may be absent
+  Tensor residual;     // may be absent
   bool add_x = false;  // x itself is the shortcut
   bool relu = true;    // after the last convolution
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which way a convolution goes on the CPU, and in how many pieces: pure functions of shapes, unit-tested.
+// Which way a convolution goes on the CPU, and in how many pieces: pure functions of shapes,
+// unit-tested.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +13,17 @@ namespace resnet_fused {
 enum class ConvPath { tiles, onednn, onednn_f32 };
 
 // The way of one convolution.
-// * bf16 goes to the tile kernels where there are any, except grouped convolutions and those with fewer channels than
+// * bf16 goes to the tile kernels where there are any, except grouped convolutions and those with
+// fewer channels than
 //   half a k-step, whose padding would cost more than the kernel gains.
-// * fp16: BatchNorm folded into weights leaves fp16's range or precision for ordinary statistics, so fp32.
-// * oneDNN in bf16 with kernel > 1, stride > 1 and an output one pixel wide: its AMX kernel (3.12) reads uninitialised
-//   memory (1,002 of 1,818 such shapes are wrong, none of 6,012 others; pytorch/pytorch#169688 is the 3-d case): fp32.
-constexpr ConvPath conv_path(DType dtype, int64_t channels_per_group, int64_t groups, int64_t R, int64_t S,
-                             const int64_t stride[2], int64_t out_w, bool tiles) {
+// * fp16: BatchNorm folded into weights leaves fp16's range or precision for ordinary statistics,
+// so fp32.
+// * oneDNN in bf16 with kernel > 1, stride > 1 and an output one pixel wide: its AMX kernel (3.12)
+// reads uninitialised
+//   memory (1,002 of 1,818 such shapes are wrong, none of 6,012 others; pytorch/pytorch#169688 is
+//   the 3-d case): fp32.
+constexpr ConvPath conv_path(DType dtype, int64_t channels_per_group, int64_t groups, int64_t R,
+                             int64_t S, const int64_t stride[2], int64_t out_w, bool tiles) {
   if (dtype == DType::f16) return ConvPath::onednn_f32;
   if (dtype != DType::bf16) return ConvPath::onednn;
   if (tiles && groups == 1 && channels_per_group >= 16) return ConvPath::tiles;
@@ -26,15 +31,17 @@ constexpr ConvPath conv_path(DType dtype, int64_t channels_per_group, int64_t gr
   return narrow ? ConvPath::onednn_f32 : ConvPath::onednn;
 }
 
-// True if a NaN or infinity in the input could reach outputs outside its receptive field: oneDNN pads the channels of
-// a K step of 32 bf16 values with zeros in the weights alone, and 0 * NaN is NaN.
+// True if a NaN or infinity in the input could reach outputs outside its receptive field: oneDNN
+// pads the channels of a K step of 32 bf16 values with zeros in the weights alone, and 0 * NaN is
+// NaN.
 constexpr bool leaks_nan(DType dtype, int64_t channels_per_group) {
   return dtype == DType::bf16 && channels_per_group % 32 != 0;
 }
 
-// Images a chain of convolutions processes at a time, so that what it hands from one convolution to the next stays in
-// the cores' L2 caches and its memory is reused instead of faulted in anew. `bytes_per_image` counts the largest input
-// and output pair. At least one image per thread, and pieces of equal size.
+// Images a chain of convolutions processes at a time, so that what it hands from one convolution to
+// the next stays in the cores' L2 caches and its memory is reused instead of faulted in anew.
+// `bytes_per_image` counts the largest input and output pair. At least one image per thread, and
+// pieces of equal size.
 constexpr int64_t images_per_piece(int64_t images, int64_t bytes_per_image, int64_t threads) {
   constexpr int64_t kBytesPerThread = int64_t{3} << 20;
   const int64_t fit = threads * kBytesPerThread / std::max<int64_t>(bytes_per_image, 1);
@@ -46,14 +53,14 @@ constexpr int64_t images_per_piece(int64_t images, int64_t bytes_per_image, int6
   return std::min(images, (even + threads - 1) / threads * threads);
 }
 
-// Input bytes that a thread holds in its L2 (2 MB on CPUs with AMX) while the packed weights pass by: more where the
-// weights are too many to stay there themselves and come from L3 each time.
+// Input bytes that a thread holds in its L2 (2 MB on CPUs with AMX) while the packed weights pass
+// by: more where the weights are too many to stay there themselves and come from L3 each time.
 constexpr int64_t tile_input_bytes(int64_t weight_bytes) {
   return weight_bytes > (int64_t{512} << 10) ? int64_t{1} << 20 : int64_t{256} << 10;
 }
 
-// Rows of a matrix that a thread takes at a time in the tile convolution, so that they fill `bytes`: a multiple of 32,
-// the same number of chunks for each thread.
+// Rows of a matrix that a thread takes at a time in the tile convolution, so that they fill
+// `bytes`: a multiple of 32, the same number of chunks for each thread.
 constexpr int64_t rows_per_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t threads) {
   const int64_t fit = std::max<int64_t>(bytes / row_bytes, 64);
   const int64_t rounds = (rows + fit * threads - 1) / (fit * threads);
@@ -61,10 +68,12 @@ constexpr int64_t rows_per_chunk(int64_t rows, int64_t row_bytes, int64_t bytes,
   return (even + 31) / 32 * 32;
 }
 
-// Loop order of the tile convolution: true if the input of 32 pixels stays in L1 (of at least 32 KB) while all packed
-// weights, which must fit L2, pass by; false if a panel of 32 filters stays while a chunk of rows passes by.
+// Loop order of the tile convolution: true if the input of 32 pixels stays in L1 (of at least 32
+// KB) while all packed weights, which must fit L2, pass by; false if a panel of 32 filters stays
+// while a chunk of rows passes by.
 constexpr bool filters_inside(int64_t taps, int64_t channels, int64_t K) {
-  return taps * channels * 2 * 32 <= int64_t{32} << 10 && taps * channels * K * 2 <= int64_t{512} << 10;
+  return taps * channels * 2 * 32 <= int64_t{32} << 10 && taps * channels * K * 2 <= int64_t{512}
+                                                                                         << 10;
 }
 
 // Planes of one image for the tile convolution (kernels/tile_conv.h).
@@ -72,24 +81,28 @@ struct Planes {
   int64_t phases[2];  // in use: 1 if no tap needs another, else the stride
   int64_t lines;      // output rows and what the taps reach beyond
   int64_t width;      // likewise of columns
-  int64_t pitch;      // width less the zero columns that a line's end shares with the next line's beginning
-  int64_t pixels;     // per plane, with what the last blocks read beyond
+  int64_t
+      pitch;  // width less the zero columns that a line's end shares with the next line's beginning
+  int64_t pixels;  // per plane, with what the last blocks read beyond
 
   // First pixel, counted through all planes, of the tap at offset (y, x) in the padded image.
   constexpr int64_t tap_pixel(int64_t y, int64_t x, const int64_t stride[2]) const {
-    return (y % stride[0] * phases[1] + x % stride[1]) * pixels + y / stride[0] * pitch + x / stride[1];
+    return (y % stride[0] * phases[1] + x % stride[1]) * pixels + y / stride[0] * pitch +
+           x / stride[1];
   }
 };
 
-constexpr Planes plan_planes(int64_t H, int64_t W, int64_t P, int64_t Q, int64_t R, int64_t S, const int64_t stride[2],
-                             const int64_t padding[2], const int64_t dilation[2]) {
+constexpr Planes plan_planes(int64_t H, int64_t W, int64_t P, int64_t Q, int64_t R, int64_t S,
+                             const int64_t stride[2], const int64_t padding[2],
+                             const int64_t dilation[2]) {
   (void)H;
   Planes p{};
   const int64_t window[2] = {R, S};
   int64_t reach[2] = {0, 0};
   for (int i = 0; i < 2; ++i) {
     int64_t phases = 1;
-    for (int64_t t = 0; t < window[i]; ++t) phases = std::max(phases, t * dilation[i] % stride[i] + 1);
+    for (int64_t t = 0; t < window[i]; ++t)
+      phases = std::max(phases, t * dilation[i] % stride[i] + 1);
     p.phases[i] = phases;
     reach[i] = (window[i] - 1) * dilation[i] / stride[i];
   }

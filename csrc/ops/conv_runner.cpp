@@ -22,25 +22,27 @@ Tensor widen(const Tensor& t) {
 bool all_finite(const Tensor& t) { return all_finite_cpu(t.data(), dtype_of(t), t.numel()); }
 
 // oneDNN's convolution of a dense NHWC tensor; the residual is added before the only rounding.
-Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, const Tensor& residual) {
+Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv,
+                   const Tensor& residual) {
   AtenTensorHandle shift = packed.shift.handle(), out = nullptr;
   if (residual.defined()) {
     check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise_binary(
-                    x.handle(), residual.handle(), packed.weight.handle(), &shift, conv.padding, 2, conv.stride, 2,
-                    conv.dilation, 2, conv.groups, "add", nullptr, nullptr, nullptr, 0, nullptr, &out),
+                    x.handle(), residual.handle(), packed.weight.handle(), &shift, conv.padding, 2,
+                    conv.stride, 2, conv.dilation, 2, conv.groups, "add", nullptr, nullptr, nullptr,
+                    0, nullptr, &out),
                 "oneDNN convolution");
   } else {
-    check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise(x.handle(), packed.weight.handle(), &shift, conv.padding,
-                                                             2, conv.stride, 2, conv.dilation, 2, conv.groups, "none",
-                                                             nullptr, 0, nullptr, &out),
+    check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise(
+                    x.handle(), packed.weight.handle(), &shift, conv.padding, 2, conv.stride, 2,
+                    conv.dilation, 2, conv.groups, "none", nullptr, 0, nullptr, &out),
                 "oneDNN convolution");
   }
   return Tensor(out);
 }
 
 Form form_of(const Conv& conv, const Sizes& out, DType dtype) {
-  const ConvPath path = conv_path(dtype, conv.weight.size(1), conv.groups, conv.weight.size(2), conv.weight.size(3),
-                                  conv.stride, out[3], tiles_available());
+  const ConvPath path = conv_path(dtype, conv.weight.size(1), conv.groups, conv.weight.size(2),
+                                  conv.weight.size(3), conv.stride, out[3], tiles_available());
   if (path == ConvPath::tiles) return Form::tiles;
   return path == ConvPath::onednn_f32 || dtype == DType::f32 ? Form::folded_f32 : Form::folded_bf16;
 }
@@ -48,11 +50,16 @@ Form form_of(const Conv& conv, const Sizes& out, DType dtype) {
 }  // namespace
 
 ConvRunner::ConvRunner(const Conv& conv, const Sizes& in, DType dtype)
-    : conv_(conv), in_(in), out_(conv.out_sizes(in)), form_(form_of(conv, out_, dtype)), packed_(pack(conv, in, form_)) {
+    : conv_(conv),
+      in_(in),
+      out_(conv.out_sizes(in)),
+      form_(form_of(conv, out_, dtype)),
+      packed_(pack(conv, in, form_)) {
   if (form_ == Form::tiles) affine_ = read_affine(conv);
 }
 
-Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out) const {
+Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu,
+                              Tensor out) const {
   const DType dtype = dtype_of(x);
   if (form_ == Form::tiles) {
     Sizes sizes = out_;
@@ -67,8 +74,9 @@ Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu
     packed = pack(conv_, in_, Form::folded_f32);
     wide = true;
   }
-  Tensor y = wide ? onednn_conv(widen(x), *packed, conv_, residual.defined() ? widen(residual) : Tensor())
-                  : onednn_conv(x, *packed, conv_, residual);
+  Tensor y =
+      wide ? onednn_conv(widen(x), *packed, conv_, residual.defined() ? widen(residual) : Tensor())
+           : onednn_conv(x, *packed, conv_, residual);
   if (!out.defined()) {
     if (!wide && !relu) return y;
     out = wide ? empty_channels_last(y.shape(), dtype, x) : y.share();

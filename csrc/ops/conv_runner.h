@@ -8,8 +8,8 @@
 
 namespace resnet_fused {
 
-// Convolves dense NHWC tensors; activates and rounds into `out`, or into a new tensor if out is absent. `residual`
-// (dense NHWC, output's sizes) may be absent.
+// Convolves dense NHWC tensors; activates and rounds into `out`, or into a new tensor if out is
+// absent. `residual` (dense NHWC, output's sizes) may be absent.
 class ConvRunner {
  public:
   // Looks up or makes the packed weights for inputs of sizes `in`.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The host side of every op, in the boxed convention: reads its arguments off the stack, leaves its result there.
+// The host side of every op, in the boxed convention: reads its arguments off the stack, leaves its
+// result there.
 #pragma once
 
 #include "../torch_abi.h"

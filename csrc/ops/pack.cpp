@@ -16,8 +16,10 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int kSamples = 64;   // of a weight, per call: about 1 us, catches every edit of a whole tensor
-constexpr size_t kLayouts = 4;  // packings kept per weight: oneDNN's layout depends on the input's height and width
+constexpr int kSamples =
+    64;  // of a weight, per call: about 1 us, catches every edit of a whole tensor
+constexpr size_t kLayouts =
+    4;  // packings kept per weight: oneDNN's layout depends on the input's height and width
 
 struct Layout {
   int64_t height, width;
@@ -26,7 +28,7 @@ struct Layout {
 
 struct Entry {
   uint64_t stamp = 0;
-  std::list<Layout> layouts;          // most recently made first
+  std::list<Layout> layouts;                // most recently made first
   int64_t new_height = -1, new_width = -1;  // an input size seen once that has no layout yet
   int64_t bytes = 0;
   uint64_t last_use = 0;
@@ -58,8 +60,8 @@ std::atomic<int64_t> packings{0};
 
 // A quarter of the machine's memory; beyond it the longest unused weights are dropped.
 int64_t capacity() {
-  static const int64_t bytes =
-      std::max<int64_t>(int64_t{1} << 30, int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE) / 4);
+  static const int64_t bytes = std::max<int64_t>(
+      int64_t{1} << 30, int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE) / 4);
   return bytes;
 }
 
@@ -69,7 +71,9 @@ Tensor copy_as(const Tensor& t, int32_t dtype, const Sizes& strides) {
   check_torch(aoti_torch_copy_(copy.handle(), t.handle(), 0), "copying a parameter");
   return copy;
 }
-Tensor copy_as(const Tensor& t, int32_t dtype) { return copy_as(t, dtype, contiguous_strides(t.shape())); }
+Tensor copy_as(const Tensor& t, int32_t dtype) {
+  return copy_as(t, dtype, contiguous_strides(t.shape()));
+}
 
 // The bytes that hold t's elements, gaps of strided tensors included.
 size_t extent(const Tensor& t) {
@@ -97,12 +101,15 @@ uint64_t version(const Tensor& t) {
 
 // What a folded and reordered packing depends on beside the weight.
 uint64_t folded_stamp(const Conv& conv, uint64_t hash) {
-  const int64_t geometry[] = {conv.stride[0], conv.stride[1], conv.padding[0], conv.padding[1],
+  const int64_t geometry[] = {conv.stride[0],   conv.stride[1],   conv.padding[0], conv.padding[1],
                               conv.dilation[0], conv.dilation[1], conv.groups};
   hash = hash_cpu(geometry, sizeof(geometry), hash);
   hash = hash_cpu(&conv.eps, sizeof(conv.eps), hash);
-  for (const Tensor* t : {&conv.bias, &conv.bn_weight, &conv.bn_bias, &conv.running_mean, &conv.running_var}) {
-    hash = t->defined() ? hash_cpu(t->data(), extent(*t), hash + 1 + static_cast<uint64_t>(dtype_of(*t))) : hash + 7;
+  for (const Tensor* t :
+       {&conv.bias, &conv.bn_weight, &conv.bn_bias, &conv.running_mean, &conv.running_var}) {
+    hash = t->defined()
+               ? hash_cpu(t->data(), extent(*t), hash + 1 + static_cast<uint64_t>(dtype_of(*t)))
+               : hash + 7;
   }
   return hash;
 }
@@ -110,7 +117,8 @@ uint64_t folded_stamp(const Conv& conv, uint64_t hash) {
 uint64_t stamp_of(const Conv& conv, Form form) {
   const Tensor& w = conv.weight;
   uint64_t hash = static_cast<uint64_t>(dtype_of(w));
-  for (int64_t i = 0; i < 4; ++i) hash = hash_cpu(w.sizes() + i, 8, hash_cpu(w.strides() + i, 8, hash));
+  for (int64_t i = 0; i < 4; ++i)
+    hash = hash_cpu(w.sizes() + i, 8, hash_cpu(w.strides() + i, 8, hash));
   if (form != Form::tiles) hash = folded_stamp(conv, hash);
   if (is_inference(w)) return hash_cpu(w.data(), extent(w), hash);
   const uint64_t v = version(w);
@@ -140,7 +148,8 @@ std::shared_ptr<const Packed> make_tiles(const Conv& conv) {
   packed->weight = empty_strided({size}, {1}, aoti_torch_dtype_bfloat16(), weight);
   const TilePackParams p{static_cast<const uint16_t*>(weight.data()),
                          static_cast<uint16_t*>(packed->weight.mutable_data()), K, C, taps};
-  parallel_for(round_up(K, kTileN) / kTileN, 1, [&](int64_t b, int64_t e) { pack_tiles_cpu(p, b, e); });
+  parallel_for(round_up(K, kTileN) / kTileN, 1,
+               [&](int64_t b, int64_t e) { pack_tiles_cpu(p, b, e); });
   return packed;
 }
 
@@ -149,12 +158,15 @@ std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, boo
   const Affine affine = read_affine(conv);
   auto packed = std::make_shared<Packed>();
   packed->shift = empty_strided({K}, {1}, aoti_torch_dtype_float32(), conv.weight);
-  std::memcpy(packed->shift.mutable_data(), affine.shift.data(), static_cast<size_t>(K) * sizeof(float));
+  std::memcpy(packed->shift.mutable_data(), affine.shift.data(),
+              static_cast<size_t>(K) * sizeof(float));
 
   Tensor weight = copy_as(conv.weight, aoti_torch_dtype_float32());
   const int64_t per_channel = weight.size(1) * weight.size(2) * weight.size(3);
   auto* data = static_cast<float*>(weight.mutable_data());
-  parallel_for(K, 1, [&](int64_t begin, int64_t end) { scale_weight_cpu(data, affine.scale.data(), per_channel, begin, end); });
+  parallel_for(K, 1, [&](int64_t begin, int64_t end) {
+    scale_weight_cpu(data, affine.scale.data(), per_channel, begin, end);
+  });
   if (bf16) {
     // torch wants the bias of a bf16 convolution in bf16, too.
     weight = copy_as(weight, aoti_torch_dtype_bfloat16());
@@ -183,8 +195,9 @@ void shrink(Cache& c, const Key& keep) {
   }
 }
 
-// A packing that serves inputs of this size, or null if one must be made. A new size borrows another's layout (oneDNN
-// then reorders at the call, right but slower) until it comes a second time: random sizes never pack twice.
+// A packing that serves inputs of this size, or null if one must be made. A new size borrows
+// another's layout (oneDNN then reorders at the call, right but slower) until it comes a second
+// time: random sizes never pack twice.
 std::shared_ptr<const Packed> find(Entry& e, int64_t height, int64_t width) {
   for (const Layout& l : e.layouts) {
     if (l.height == height && l.width == width) return l.packed;
@@ -213,7 +226,8 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
     }
   }
   // Outside the lock: two threads may both pack, and one result is dropped.
-  auto packed = form == Form::tiles ? make_tiles(conv) : make_folded(conv, in, form == Form::folded_bf16);
+  auto packed =
+      form == Form::tiles ? make_tiles(conv) : make_folded(conv, in, form == Form::folded_bf16);
   packings.fetch_add(1, std::memory_order_relaxed);
   const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 ? 4 : 2);
   std::lock_guard<std::mutex> lock(c.mutex);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Weights as the kernels want them, cached.
 //
-// An entry belongs to a weight's address and a form, and is stamped with the weight's version counter, a hash over
-// samples of the weight and, where BatchNorm is folded in, a hash of all its values; a different stamp packs anew.
-// In-place updates that torch tracks always count. Edits behind its back (`.data`) of whole tensors are noticed through
-// the samples. Inference tensors have no version counter and are hashed whole.
+// An entry belongs to a weight's address and a form, and is stamped with the weight's version
+// counter, a hash over samples of the weight and, where BatchNorm is folded in, a hash of all its
+// values; a different stamp packs anew. In-place updates that torch tracks always count. Edits
+// behind its back (`.data`) of whole tensors are noticed through the samples. Inference tensors
+// have no version counter and are hashed whole.
 #pragma once
 
 #include <memory>

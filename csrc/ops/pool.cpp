@@ -32,7 +32,8 @@ void* map_block(size_t bytes) {
   return block;
 }
 
-// The smallest unused block that is large enough and not more than four times too large, or a new one.
+// The smallest unused block that is large enough and not more than four times too large, or a new
+// one.
 void* take(size_t bytes, size_t* size) {
   Pool& p = pool();
   {
@@ -72,14 +73,15 @@ Tensor empty_channels_last(const Sizes& sizes, DType dtype, const Tensor& like) 
   int64_t bytes = item_size(dtype);
   bool fits = true;
   for (int64_t s : sizes) fits = fits && !__builtin_mul_overflow(bytes, s, &bytes);
-  if (fits && torch_from_blob != nullptr && bytes >= static_cast<int64_t>(kLeast) && bytes <= kPoolBytes / 2) {
+  if (fits && torch_from_blob != nullptr && bytes >= static_cast<int64_t>(kLeast) &&
+      bytes <= kPoolBytes / 2) {
     size_t size = 0;
     void* block = take(static_cast<size_t>(bytes), &size);
     if (block != nullptr) {
       AtenTensorHandle h = nullptr;
-      const AOTITorchError error =
-          torch_from_blob(block, 4, sizes.data(), strides.data(), 0, torch_dtype(dtype), like.device_type(),
-                          like.device_index(), &h, 0, nullptr, 0, give_back, reinterpret_cast<void*>(size));
+      const AOTITorchError error = torch_from_blob(
+          block, 4, sizes.data(), strides.data(), 0, torch_dtype(dtype), like.device_type(),
+          like.device_index(), &h, 0, nullptr, 0, give_back, reinterpret_cast<void*>(size));
       if (error != 0) give_back(block, reinterpret_cast<void*>(size));
       check_torch(error, "allocation");
       return Tensor(h);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Memory for the CPU ops' large tensors, kept for the next call.
 //
-// A fresh tensor of some megabytes costs a page fault per 4 KB, a quarter of a batched forward's time; the pool hands
-// out blocks that are already mapped. A tensor's block returns to the pool when torch drops the tensor. At most
-// kPoolBytes lie unused; what exceeds them goes back to the system at once.
+// A fresh tensor of some megabytes costs a page fault per 4 KB, a quarter of a batched forward's
+// time; the pool hands out blocks that are already mapped. A tensor's block returns to the pool
+// when torch drops the tensor. At most kPoolBytes lie unused; what exceeds them goes back to the
+// system at once.
 #pragma once
 
 #include "dispatch.h"
@@ -12,8 +13,8 @@ namespace resnet_fused {
 
 constexpr int64_t kPoolBytes = int64_t{512} << 20;
 
-// A new dense NHWC tensor with uninitialised memory, from the pool where that pays and torch (2.11 on) can give memory
-// back to it.
+// A new dense NHWC tensor with uninitialised memory, from the pool where that pays and torch (2.11
+// on) can give memory back to it.
 Tensor empty_channels_last(const Sizes& sizes, DType dtype, const Tensor& like);
 
 }  // namespace resnet_fused

@@ -29,14 +29,16 @@ void pool_linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
   require(x.dim() == 4 && x.size(2) >= 1 && x.size(3) >= 1, op,
           ": x must be [N, C, H, W] with H and W at least 1, got shape ", Shape{x});
   require_on_cpu(weight, op, "", "weight");
-  require(dtype_of(weight) != DType::f64, op, ": weight must be float32, bfloat16 or float16, got float64");
-  require(weight.dim() == 2 && weight.size(1) == x.size(1), op, ": weight must have shape [K, ", x.size(1), "], got ",
-          Shape{weight});
+  require(dtype_of(weight) != DType::f64, op,
+          ": weight must be float32, bfloat16 or float16, got float64");
+  require(weight.dim() == 2 && weight.size(1) == x.size(1), op, ": weight must have shape [K, ",
+          x.size(1), "], got ", Shape{weight});
   if (bias.defined()) {
     require_on_cpu(bias, op, "", "bias");
-    require(dtype_of(bias) != DType::f64, op, ": bias must be float32, bfloat16 or float16, got float64");
-    require(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": bias must have shape [", weight.size(0),
-            "], got ", Shape{bias});
+    require(dtype_of(bias) != DType::f64, op,
+            ": bias must be float32, bfloat16 or float16, got float64");
+    require(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": bias must have shape [",
+            weight.size(0), "], got ", Shape{bias});
     bias = contiguous(bias);
   }
   const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3), K = weight.size(0);
@@ -44,7 +46,8 @@ void pool_linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
   if (N > 0 && K > 0) {
     x = to_channels_last(x);
     weight = contiguous(weight);
-    Tensor pooled = empty_strided({N, C}, contiguous_strides({N, C}), aoti_torch_dtype_float32(), x);
+    Tensor pooled =
+        empty_strided({N, C}, contiguous_strides({N, C}), aoti_torch_dtype_float32(), x);
     const PoolLinearParams p{x.data(),
                              static_cast<float*>(pooled.mutable_data()),
                              weight.data(),

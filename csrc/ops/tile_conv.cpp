@@ -15,7 +15,9 @@ enum Path { kAuto, kOneDnn, kPortable };
 std::atomic<int> path{kAuto};
 
 using Kernel = void(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
-Kernel* kernel() { return path.load(std::memory_order_relaxed) == kPortable ? tile_conv_portable : tile_conv_amx; }
+Kernel* kernel() {
+  return path.load(std::memory_order_relaxed) == kPortable ? tile_conv_portable : tile_conv_amx;
+}
 
 int64_t thread_count() {
   uint32_t threads = 1;
@@ -32,16 +34,20 @@ void divide(const TileConvParams& p) {
   const int64_t threads = thread_count(), blocks = round_up(p.K, kTileN) / kTileN;
   Kernel* run = kernel();
   if (p.rows >= 2 * kTileM * threads) {
-    const int64_t chunk = rows_per_chunk(p.rows, p.row_bytes, tile_input_bytes(weight_bytes(p)), threads);
+    const int64_t chunk =
+        rows_per_chunk(p.rows, p.row_bytes, tile_input_bytes(weight_bytes(p)), threads);
     parallel_for((p.rows + chunk - 1) / chunk, 1, [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) run(p, i * chunk, std::min(p.rows, (i + 1) * chunk), 0, blocks);
+      for (int64_t i = b; i < e; ++i)
+        run(p, i * chunk, std::min(p.rows, (i + 1) * chunk), 0, blocks);
     });
   } else {
     parallel_for(blocks, 1, [&](int64_t b, int64_t e) { run(p, 0, p.rows, b, e); });
   }
 }
 
-const uint16_t* bf16(const Tensor& t) { return t.defined() ? static_cast<const uint16_t*>(t.data()) : nullptr; }
+const uint16_t* bf16(const Tensor& t) {
+  return t.defined() ? static_cast<const uint16_t*>(t.data()) : nullptr;
+}
 
 Tensor scratch(int64_t elements, const Tensor& like) {
   return empty_strided({elements}, {1}, aoti_torch_dtype_bfloat16(), like);
@@ -49,8 +55,9 @@ Tensor scratch(int64_t elements, const Tensor& like) {
 
 // A 1x1 convolution of stride 1 without padding reads x as it is.
 bool in_place(const Conv& conv, const Tensor& x, int64_t rows) {
-  return conv.weight.size(2) == 1 && conv.weight.size(3) == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
-         conv.padding[0] == 0 && conv.padding[1] == 0 && x.size(1) % kTileK == 0 && rows >= kTileM;
+  return conv.weight.size(2) == 1 && conv.weight.size(3) == 1 && conv.stride[0] == 1 &&
+         conv.stride[1] == 1 && conv.padding[0] == 0 && conv.padding[1] == 0 &&
+         x.size(1) % kTileK == 0 && rows >= kTileM;
 }
 
 }  // namespace
@@ -65,7 +72,8 @@ Affine read_affine(const Conv& conv) {
   Affine a;
   a.scale.resize(static_cast<size_t>(round_up(K, kTileN)));
   a.shift.resize(a.scale.size());
-  const Tensor* fields[] = {&conv.bias, &conv.bn_weight, &conv.bn_bias, &conv.running_mean, &conv.running_var};
+  const Tensor* fields[] = {&conv.bias, &conv.bn_weight, &conv.bn_bias, &conv.running_mean,
+                            &conv.running_var};
   Tensor copies[5];
   const float* values[5] = {};
   for (int i = 0; i < 5; ++i) {
@@ -79,8 +87,8 @@ Affine read_affine(const Conv& conv) {
     check_torch(aoti_torch_copy_(copies[i].handle(), t.handle(), 0), "reading a parameter");
     values[i] = static_cast<const float*>(copies[i].data());
   }
-  fold_cpu({values[0], values[1], values[2], values[3], values[4], static_cast<float>(conv.eps), a.scale.data(),
-            a.shift.data(), K});
+  fold_cpu({values[0], values[1], values[2], values[3], values[4], static_cast<float>(conv.eps),
+            a.scale.data(), a.shift.data(), K});
   return a;
 }
 
@@ -131,7 +139,8 @@ void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine,
   std::vector<int64_t> taps;
   for (int64_t r = 0; r < R; ++r) {
     for (int64_t s = 0; s < S; ++s) {
-      taps.push_back(plan.tap_pixel(r * conv.dilation[0], s * conv.dilation[1], conv.stride) * planes.channels * 2);
+      taps.push_back(plan.tap_pixel(r * conv.dilation[0], s * conv.dilation[1], conv.stride) *
+                     planes.channels * 2);
     }
   }
   p.tap_bytes = taps.data();
@@ -143,8 +152,8 @@ void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine,
   const int64_t lines = plan.phases[0] * plan.phases[1] * plan.lines, threads = thread_count();
   const int64_t size = plan.phases[0] * plan.phases[1] * plan.pixels * planes.channels;
   const int64_t blocks = round_up(K, kTileN) / kTileN;
-  // Whole images per thread, as long as every thread has one: planes stay in the cache of the thread that filled them.
-  // Weights that do not fit beside them pass by once per `pass` images.
+  // Whole images per thread, as long as every thread has one: planes stay in the cache of the
+  // thread that filled them. Weights that do not fit beside them pass by once per `pass` images.
   const int64_t each = N / threads, whole = each * threads;
   const int64_t fit = std::max<int64_t>(tile_input_bytes(weight_bytes(p)) / (2 * size), 1);
   const int64_t pass = std::max<int64_t>(std::min(each, fit), 1), groups = whole > 0 ? threads : 1;
@@ -189,4 +198,6 @@ void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine,
 
 }  // namespace resnet_fused
 
-void resnet_fused_cpu_path(int value) { resnet_fused::path.store(value, std::memory_order_relaxed); }
+void resnet_fused_cpu_path(int value) {
+  resnet_fused::path.store(value, std::memory_order_relaxed);
+}

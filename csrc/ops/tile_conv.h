@@ -8,7 +8,8 @@
 
 namespace resnet_fused {
 
-// BatchNorm and biases of a convolution as fp32 scale and shift, read off the live tensors at each call.
+// BatchNorm and biases of a convolution as fp32 scale and shift, read off the live tensors at each
+// call.
 struct Affine {
   std::vector<float> scale, shift;  // padded with zeros to a multiple of 32
 };

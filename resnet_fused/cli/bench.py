@@ -110,11 +110,11 @@ def _refuse(args: argparse.Namespace) -> str:
         return f"--device {missing}"
     if args.json == "-" and args.csv == "-":
         return "--json - and --csv - cannot share stdout: give one of them a file"
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install 'resnet_fused[plot]'"
     for option, place in (("--json", args.json), ("--csv", args.csv), ("--plot", args.plot)):
         if place and str(place) != "-" and not Path(place).absolute().parent.is_dir():
             return f"{option} {place}: the folder does not exist"
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install 'resnet_fused[plot]'"
     return ""
 
 

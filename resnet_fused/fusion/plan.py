@@ -52,6 +52,7 @@ class Plan:
         inputs: number of tensors it takes.
         watched: per submodule path, the children and attributes that the plan was made from.
         inlined: submodules that ``run`` does not call though eager does.
+        eval_only: modules whose training flag must be off.
         refused: convolutions that stay plain, with the reason.
         error: why the forward could not be read at all.
         any_layout: the forward does the same whatever the memory format of its input.
@@ -64,6 +65,7 @@ class Plan:
     inputs: int = 0
     watched: tuple[tuple[tuple[str, ...], Any, tuple[tuple[str, Any, Any], ...]], ...] = ()
     inlined: tuple[str, ...] = ()
+    eval_only: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     any_layout: bool = False
@@ -105,6 +107,9 @@ class Plan:
         """Why the fused calls may not be made now; None if they may and nothing ``changed``."""
         if self.run is None:
             return self.error or "nothing to fuse"
+        for path in self.eval_only:
+            if child(owner, path).training:
+                return f"'{path}' is in training mode" if path else "training mode"
         for path in self.inlined:
             module: Any = child(owner, path)
             if (
@@ -153,11 +158,11 @@ def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | N
     matcher = Matcher(trace)
     for path in trace.inlined:
         trace.reads[path, "forward"] = MISSING
-        trace.reads[path, "training"] = freeze(False)
     plan = Plan(
         inputs=trace.inputs,
         watched=_watched(module, trace),
         inlined=tuple(trace.inlined),
+        eval_only=tuple({**dict.fromkeys(trace.inlined), **trace.eval_only}),
         refused=matcher.refused,
         forward=original(module).forward,
         changes=changes,
@@ -189,8 +194,9 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
         return plans[id(module)]
 
     for name, module in model.named_modules():
-        if isinstance(module, Fused) and is_native(module):
-            paths = {path for site in module.fused_sites() for path in site.modules}
+        if is_native(module):
+            native: Any = module
+            paths = {path for site in native.fused_sites() for path in site.modules}
             inlined.update(id(child(module, path)) for path in paths)
         elif is_unit(module) and id(module) not in inlined:
             plan = plan_of(module)
@@ -234,7 +240,7 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Any, ...]:
     def entry(attributes: dict[str, Any], name: str, frozen: Any) -> tuple[str, Any, Any]:
         # A value that compares by identity at once; what is inside a container may change unseen.
         value = attributes.get(name, MISSING)
-        by_content = isinstance(value, (Tensor, *CONTAINERS)) or name == "training"
+        by_content = isinstance(value, (Tensor, *CONTAINERS))
         return (name, frozen if by_content else value, frozen)
 
     result = []

@@ -43,6 +43,7 @@ class Trace:
         children: names and classes of the children of every submodule looked into.
         reads: attributes read, by submodule path and name.
         inlined: submodules whose own forward was read into the graph.
+        eval_only: paths of modules whose training flag was read, as if it were off.
     """
 
     graph: fx.Graph
@@ -51,6 +52,7 @@ class Trace:
     children: dict[str, tuple[tuple[str, type], ...]] = field(default_factory=dict)
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     inlined: dict[str, nn.Module] = field(default_factory=dict)
+    eval_only: dict[str, None] = field(default_factory=dict)
 
     def key(self) -> tuple[Any, ...]:
         """Two traces of a forward that depends only on the module have equal keys."""
@@ -169,9 +171,9 @@ class Tracer(TracerBase):
         if any(name in module.__dict__[kind] for kind in ("_modules", "_parameters", "_buffers")):
             return
         if name == "training":
-            value = freeze(False)
-        else:
-            value = freeze(module.__dict__[name]) if name in module.__dict__ else MISSING
+            self.trace.eval_only[path] = None
+            return
+        value = freeze(module.__dict__[name]) if name in module.__dict__ else MISSING
         self.trace.reads[path, name] = value
 
     def _note_children(self, module: nn.Module, path: str) -> None:

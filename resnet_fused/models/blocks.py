@@ -62,8 +62,10 @@ class Block(Fused, nn.Module):
         site = self._site()
         if site is None or sites.why_plain(self, site, x) is not None:
             return self._plain(x)
-        down = self.downsample
-        return self._fused(x, None if down is None else conv_bn(down[0], down[1]))  # type: ignore[index]
+        if self.downsample is None:
+            return self._fused(x, None)
+        down = self.downsample._modules  # a Sequential copies its children to find one by number
+        return self._fused(x, conv_bn(down["0"], down["1"]))
 
     def _plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from resnet_fused import modules
-from resnet_fused.modules import Site, get, pair
+from resnet_fused.modules import Site, pair
 
 DOWN = ("downsample", "downsample.0", "downsample.1")
 BASIC = Site("basic_block", ("conv1", "bn1", "relu", "conv2", "bn2"), ("conv1", "conv2"))
@@ -37,18 +37,21 @@ _PLACE: dict[type, str] = {
     nn.Identity: "",
     nn.Flatten: "",
 }
-_PLACE_OF_NAME = {"downsample.0": "conv", "downsample.1": "bn"}
+_PLACE_OF_NAME = {
+    name: {"downsample.0": "conv", "downsample.1": "bn"}.get(name) or name.rstrip("123")
+    for site in (BASIC_DOWN, BOTTLENECK_DOWN, STEM, HEAD)
+    for name in site.modules
+}
 
 
 def in_place(owner: nn.Module, site: Site) -> Site | None:
     """``site`` if no child of ``owner`` stands where another kind belongs, else None."""
-    for name in site.modules:
-        place = _PLACE_OF_NAME.get(name) or name.rstrip("123")
-        try:
-            kind = type(get(owner, name))
-        except (KeyError, AttributeError):
-            continue  # missing: why_plain says so
-        if _PLACE.get(kind, place) != place:
+    for name, path in site.paths:
+        module: nn.Module | None = owner
+        for part in path:
+            module = module._modules.get(part) if module is not None else None
+        place = _PLACE_OF_NAME[name]
+        if _PLACE.get(type(module), place) != place:  # a missing one is left to why_plain
             return None
     return site
 

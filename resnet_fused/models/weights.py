@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".tar", ".bin", ".ckpt")
@@ -95,12 +94,14 @@ def read(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, holds something else than tensors, or is no state_dict.
     """
     try:
-        content: Any = (
-            load_file(path)
-            if path.suffix.lower() == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except MemoryError:
+        content: Any
+        if path.suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file  # here, because nothing else needs it
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -99,6 +99,11 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
             f"{name} needs stride >= 1, dilation >= 1 and padding >= 0, got stride {conv.stride}, "
             f"dilation {conv.dilation}, padding {conv.padding}"
         )
+    if max(*conv.stride, *conv.padding, *conv.dilation) >= 2**31:
+        raise ValueError(
+            f"{name}'s stride, dilation and padding must be below 2^31, got {conv.stride}, "
+            f"{conv.dilation}, {conv.padding}"
+        )
     for i, d in enumerate("HW"):
         out = out_size(
             x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]

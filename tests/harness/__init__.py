@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every op is held against: exact values, derived error bounds, guard pages, poisoned memory."""
+"""What every op is held against: exact values, derived bounds, guard pages, poisoned memory."""

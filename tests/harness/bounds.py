@@ -129,7 +129,8 @@ def assert_within(got: Tensor, want: Exact) -> None:
         )
         at = int(excess.argmax())
         raise AssertionError(
-            f"{int(bad.sum())} of {bad.numel()} elements are outside the bound; the worst is element "
-            f"{at}: got {got.flatten()[at].item()}, exact {want.value.flatten()[at].item()}, "
+            f"{int(bad.sum())} of {bad.numel()} elements are outside the bound; the worst is "
+            f"element {at}: got {got.flatten()[at].item()}, "
+            f"exact {want.value.flatten()[at].item()}, "
             f"bound {want.error.flatten()[at].item()}"
         )

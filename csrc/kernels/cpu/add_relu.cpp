@@ -14,12 +14,16 @@ RESNET_FUSED_CLONES void add_relu_f32(const float* x, const float* y, float* out
   for (int64_t i = 0; i < n; ++i) out[i] = relu(x[i] + y[i]);
 }
 
-RESNET_FUSED_CLONES void add_relu_bf16(const uint16_t* x, const uint16_t* y, uint16_t* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = float_to_bf16(relu(bf16_to_float(x[i]) + bf16_to_float(y[i])));
+RESNET_FUSED_CLONES void add_relu_bf16(const uint16_t* x, const uint16_t* y, uint16_t* out,
+                                       int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = float_to_bf16(relu(bf16_to_float(x[i]) + bf16_to_float(y[i])));
 }
 
-RESNET_FUSED_CLONES void add_relu_f16(const uint16_t* x, const uint16_t* y, uint16_t* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = float_to_f16(relu(f16_to_float(x[i]) + f16_to_float(y[i])));
+RESNET_FUSED_CLONES void add_relu_f16(const uint16_t* x, const uint16_t* y, uint16_t* out,
+                                      int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = float_to_f16(relu(f16_to_float(x[i]) + f16_to_float(y[i])));
 }
 
 }  // namespace

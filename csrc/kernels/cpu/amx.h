@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every tile and AVX-512 instruction of the tile kernels, once, with a portable body of the same meaning. A file that
-// defines RESNET_FUSED_AMX before including this gets the instructions and must be compiled for them.
+// Every tile and AVX-512 instruction of the tile kernels, once, with a portable body of the same
+// meaning. A file that defines RESNET_FUSED_AMX before including this gets the instructions and
+// must be compiled for them.
 //
-// Eight tiles of 16 rows x 64 bytes: 0-3 accumulate fp32, 4-5 hold A (16 pixels x 32 bf16), 6-7 hold B (16 channel
-// pairs x 16 filters x 2). Tile numbers are compile-time constants, as the instructions want.
+// Eight tiles of 16 rows x 64 bytes: 0-3 accumulate fp32, 4-5 hold A (16 pixels x 32 bf16), 6-7
+// hold B (16 channel pairs x 16 filters x 2). Tile numbers are compile-time constants, as the
+// instructions want.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +41,9 @@ struct alignas(64) Tiles {
   }
   ~Tiles() { _tile_release(); }
 
-  // Begin a block with its first k-step, two A tiles of 16 rows each times two B tiles of 1 KB each, and store the block
-  // before it. A store behind the last product would wait for it; between the next block's loads it waits for nothing.
+  // Begin a block with its first k-step, two A tiles of 16 rows each times two B tiles of 1 KB
+  // each, and store the block before it. A store behind the last product would wait for it; between
+  // the next block's loads it waits for nothing.
   inline void first(const unsigned char* a, int64_t row_bytes, const unsigned char* b, float* c) {
     _tile_loadd(4, a, row_bytes);
     _tile_loadd(6, b, 64);
@@ -81,14 +84,14 @@ struct alignas(64) Tiles {
   }
 };
 
-
 // BatchNorm of 32 filters, the bits of those that exist, and what follows it.
 struct Epilogue {
   __m512 scale[2], shift[2];
   uint32_t mask;
   bool relu;
 
-  inline Epilogue(const float* scale_, const float* shift_, uint32_t mask_, bool relu_) : mask(mask_), relu(relu_) {
+  inline Epilogue(const float* scale_, const float* shift_, uint32_t mask_, bool relu_)
+      : mask(mask_), relu(relu_) {
     for (int h = 0; h < 2; ++h) {
       scale[h] = _mm512_loadu_ps(scale_ + 16 * h);
       shift[h] = _mm512_loadu_ps(shift_ + 16 * h);

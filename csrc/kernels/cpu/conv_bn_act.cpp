@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Passes around a library convolution; see the contract. All work on bits where they can: a 16-bit ReLU needs no
-// conversion, and integer compares treat NaN as wanted.
+// Passes around a library convolution; see the contract. All work on bits where they can: a 16-bit
+// ReLU needs no conversion, and integer compares treat NaN as wanted.
 #include "../conv_bn_act.h"
 
 #include "simd.h"
@@ -45,7 +45,8 @@ RESNET_FUSED_CLONES void widen_f16(const uint16_t* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = f16_to_float(in[i]);
 }
 
-// The largest magnitude as an integer: above every finite number's if and only if one is NaN or infinite.
+// The largest magnitude as an integer: above every finite number's if and only if one is NaN or
+// infinite.
 RESNET_FUSED_CLONES uint32_t max_bits_32(const uint32_t* in, int64_t n) {
   uint32_t most = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -93,15 +94,18 @@ void act_cpu(const ActParams& p, int64_t begin, int64_t end) {
 
 void widen_cpu(const void* in, DType in_dtype, float* out, int64_t begin, int64_t end) {
   const auto* from = static_cast<const uint16_t*>(in) + begin;
-  in_dtype == DType::bf16 ? widen_bf16(from, out + begin, end - begin) : widen_f16(from, out + begin, end - begin);
+  in_dtype == DType::bf16 ? widen_bf16(from, out + begin, end - begin)
+                          : widen_f16(from, out + begin, end - begin);
 }
 
 bool all_finite_cpu(const void* in, DType dtype, int64_t n) {
   if (dtype == DType::f32) return max_bits_32(static_cast<const uint32_t*>(in), n) < 0x7f800000u;
-  return max_bits_16(static_cast<const uint16_t*>(in), n) < (dtype == DType::bf16 ? 0x7f80u : 0x7c00u);
+  return max_bits_16(static_cast<const uint16_t*>(in), n) <
+         (dtype == DType::bf16 ? 0x7f80u : 0x7c00u);
 }
 
-void scale_weight_cpu(float* weight, const float* scale, int64_t per_channel, int64_t begin, int64_t end) {
+void scale_weight_cpu(float* weight, const float* scale, int64_t per_channel, int64_t begin,
+                      int64_t end) {
   for (int64_t k = begin; k < end; ++k) scale_row(weight + k * per_channel, scale[k], per_channel);
 }
 

@@ -9,11 +9,12 @@ namespace resnet_fused {
 
 namespace {
 
-RESNET_FUSED_CLONES void scale_of(const float* weight, const float* var, float eps, float* scale, int64_t n) {
+RESNET_FUSED_CLONES void scale_of(const float* weight, const float* var, float eps, float* scale,
+                                  int64_t n) {
   for (int64_t k = 0; k < n; ++k) scale[k] = weight[k] / std::sqrt(var[k] + eps);
 }
-RESNET_FUSED_CLONES void shift_of(const float* beta, const float* bias, const float* mean, const float* scale,
-                                  float* shift, int64_t n) {
+RESNET_FUSED_CLONES void shift_of(const float* beta, const float* bias, const float* mean,
+                                  const float* scale, float* shift, int64_t n) {
   for (int64_t k = 0; k < n; ++k) shift[k] = beta[k] + (bias[k] - mean[k]) * scale[k];
 }
 
@@ -28,18 +29,24 @@ void fold_cpu(const FoldParams& p) {
   }
   for (int64_t k = 0; k < p.channels; k += kPart) {
     const int64_t n = p.channels - k < kPart ? p.channels - k : kPart;
-    const auto at = [k](const float* given, const float* otherwise) { return given != nullptr ? given + k : otherwise; };
+    const auto at = [k](const float* given, const float* otherwise) {
+      return given != nullptr ? given + k : otherwise;
+    };
     // Without a variance, var + eps is 1.
-    scale_of(at(p.bn_weight, ones), at(p.var, ones), p.var != nullptr ? p.eps : 0.0f, p.scale + k, n);
-    shift_of(at(p.bn_bias, zeros), at(p.bias, zeros), at(p.mean, zeros), p.scale + k, p.shift + k, n);
+    scale_of(at(p.bn_weight, ones), at(p.var, ones), p.var != nullptr ? p.eps : 0.0f, p.scale + k,
+             n);
+    shift_of(at(p.bn_bias, zeros), at(p.bias, zeros), at(p.mean, zeros), p.scale + k, p.shift + k,
+             n);
   }
 }
 
 namespace {
 
-// Multiply and fold, the mixing step of many hashes: every input bit reaches every output bit in a few steps.
+// Multiply and fold, the mixing step of many hashes: every input bit reaches every output bit in a
+// few steps.
 inline uint64_t mix(uint64_t hash, uint64_t word) {
-  const unsigned __int128 product = static_cast<unsigned __int128>(hash ^ word) * 0x9e3779b97f4a7c15u;
+  const unsigned __int128 product =
+      static_cast<unsigned __int128>(hash ^ word) * 0x9e3779b97f4a7c15u;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64) ^ word;
 }
 

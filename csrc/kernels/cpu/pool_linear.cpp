@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// pool_linear on the CPU. The sum over C runs in 16 lanes (lane i takes c = i mod 16) that are added at the end, the
-// rest of C behind them; four images share each load of the weights.
+// pool_linear on the CPU. The sum over C runs in 16 lanes (lane i takes c = i mod 16) that are
+// added at the end, the rest of C behind them; four images share each load of the weights.
 #include "../pool_linear.h"
 
 #include "simd.h"
@@ -81,7 +81,8 @@ RESNET_FUSED_INLINE void dot(const PoolLinearParams& p, int64_t k, int64_t n0) {
   for (int64_t i = 0; i < images; ++i) {
     float sum = p.bias != nullptr ? load_any(p.bias, k, p.bias_dtype) : 0.0f;
     for (int64_t l = 0; l < kLanes; ++l) sum += acc[i][l];
-    for (int64_t c = whole; c < p.C; ++c) sum += load<W>(p.weight, row + c) * p.pooled[(n0 + i) * p.C + c];
+    for (int64_t c = whole; c < p.C; ++c)
+      sum += load<W>(p.weight, row + c) * p.pooled[(n0 + i) * p.C + c];
     store_any(p.out, (n0 + i) * p.K + k, sum, p.x_dtype);
   }
 }
@@ -95,14 +96,24 @@ RESNET_FUSED_INLINE void linear_rows(const PoolLinearParams& p, int64_t begin, i
   }
 }
 
-RESNET_FUSED_CLONES void pool_f32(const PoolLinearParams& p, int64_t b, int64_t e) { pool_images<DType::f32>(p, b, e); }
-RESNET_FUSED_CLONES void pool_bf16(const PoolLinearParams& p, int64_t b, int64_t e) { pool_images<DType::bf16>(p, b, e); }
-RESNET_FUSED_CLONES void pool_f16(const PoolLinearParams& p, int64_t b, int64_t e) { pool_images<DType::f16>(p, b, e); }
-RESNET_FUSED_CLONES void linear_f32(const PoolLinearParams& p, int64_t b, int64_t e) { linear_rows<DType::f32>(p, b, e); }
+RESNET_FUSED_CLONES void pool_f32(const PoolLinearParams& p, int64_t b, int64_t e) {
+  pool_images<DType::f32>(p, b, e);
+}
+RESNET_FUSED_CLONES void pool_bf16(const PoolLinearParams& p, int64_t b, int64_t e) {
+  pool_images<DType::bf16>(p, b, e);
+}
+RESNET_FUSED_CLONES void pool_f16(const PoolLinearParams& p, int64_t b, int64_t e) {
+  pool_images<DType::f16>(p, b, e);
+}
+RESNET_FUSED_CLONES void linear_f32(const PoolLinearParams& p, int64_t b, int64_t e) {
+  linear_rows<DType::f32>(p, b, e);
+}
 RESNET_FUSED_CLONES void linear_bf16(const PoolLinearParams& p, int64_t b, int64_t e) {
   linear_rows<DType::bf16>(p, b, e);
 }
-RESNET_FUSED_CLONES void linear_f16(const PoolLinearParams& p, int64_t b, int64_t e) { linear_rows<DType::f16>(p, b, e); }
+RESNET_FUSED_CLONES void linear_f16(const PoolLinearParams& p, int64_t b, int64_t e) {
+  linear_rows<DType::f16>(p, b, e);
+}
 
 }  // namespace
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What every CPU kernel needs: code for several instruction sets from one source, and 16-bit conversions that
-// compilers vectorise.
+// What every CPU kernel needs: code for several instruction sets from one source, and 16-bit
+// conversions that compilers vectorise.
 //
-// RESNET_FUSED_CLONES makes the compiler emit a function for AVX-512, AVX2 and plain x86-64 and lets the loader choose
-// by cpuid; elsewhere it is empty. What such a function calls must be RESNET_FUSED_INLINE to be cloned along.
+// RESNET_FUSED_CLONES makes the compiler emit a function for AVX-512, AVX2 and plain x86-64 and
+// lets the loader choose by cpuid; elsewhere it is empty. What such a function calls must be
+// RESNET_FUSED_INLINE to be cloned along.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,9 @@ RESNET_FUSED_INLINE uint32_t float_to_bits(float f) {
   return u;
 }
 
-RESNET_FUSED_INLINE float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+RESNET_FUSED_INLINE float bf16_to_float(uint16_t h) {
+  return bits_to_float(static_cast<uint32_t>(h) << 16);
+}
 
 // Round to nearest even; NaN stays NaN.
 RESNET_FUSED_INLINE uint16_t float_to_bf16(float f) {
@@ -53,7 +56,8 @@ RESNET_FUSED_INLINE float f16_to_float(uint16_t h) {
 RESNET_FUSED_INLINE uint16_t float_to_f16(float f) {
   const uint32_t u = float_to_bits(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 0.5 leaves the value's last 2^-24 in the mantissa's last bit, rounded by the hardware.
+  // Below 2^-14: adding 0.5 leaves the value's last 2^-24 in the mantissa's last bit, rounded by
+  // the hardware.
   const uint32_t tiny = float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000u;
   uint32_t h = a < 0x38800000u ? tiny : normal;
   h = a >= 0x477ff000u ? 0x7c00u : h;

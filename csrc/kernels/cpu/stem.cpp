@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// ReLU and max-pool on bits: a non-negative float orders as its integer does, and a NaN without its sign is above
-// infinity, so an unsigned integer maximum is right for numbers and keeps NaN. Each output row reads three input rows;
-// a row of 112 x 64 bfloat16 is 14 KB, so all three stay in L1.
+// ReLU and max-pool on bits: a non-negative float orders as its integer does, and a NaN without its
+// sign is above infinity, so an unsigned integer maximum is right for numbers and keeps NaN. Each
+// output row reads three input rows; a row of 112 x 64 bfloat16 is 14 KB, so all three stay in L1.
 #include "../stem.h"
 
 #include "simd.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tile convolution for AMX. Only this file is compiled for AMX and AVX-512, so nothing else can hold such an
-// instruction; it uses no C++ library template, whose copy the linker might hand to other files.
+// The tile convolution for AMX. Only this file is compiled for AMX and AVX-512, so nothing else can
+// hold such an instruction; it uses no C++ library template, whose copy the linker might hand to
+// other files.
 #include "../tile_conv.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -16,9 +17,10 @@ bool ask() {
   unsigned a, b, c, d;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
   constexpr unsigned kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
-  constexpr unsigned kAmx = (1u << 22) | (1u << 24);                              // BF16, TILE
+  constexpr unsigned kAmx = (1u << 22) | (1u << 24);                               // BF16, TILE
   if ((b & kAvx512) != kAvx512 || (d & kAmx) != kAmx) return false;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & (1u << 5)) == 0) return false;  // AVX512_BF16
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & (1u << 5)) == 0)
+    return false;  // AVX512_BF16
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -39,7 +41,8 @@ bool amx_available() {
 #include "tile_conv_body.h"
 
 namespace resnet_fused {
-void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
+                   int64_t n_end) {
   amx::tile_conv(p, row_begin, row_end, n_begin, n_end);
 }
 }  // namespace resnet_fused
@@ -50,7 +53,8 @@ void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, 
 
 namespace resnet_fused {
 bool amx_available() { return false; }
-void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
+                   int64_t n_end) {
   tile_conv_portable(p, row_begin, row_end, n_begin, n_end);
 }
 }  // namespace resnet_fused

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tile convolution's loops, compiled once for AMX and once portably; see tile_conv.h for what it computes.
+// The tile convolution's loops, compiled once for AMX and once portably; see tile_conv.h for what
+// it computes.
 //
-// A block is 32 pixels x 32 filters in four accumulators, which loads each A and B tile once for two products. Blocks
-// are pipelined: while the tiles compute a block, the vector units finish the one before it (BatchNorm, residual, ReLU,
-// rounding), some rows after each k-step, so that neither waits for the other.
+// A block is 32 pixels x 32 filters in four accumulators, which loads each A and B tile once for
+// two products. Blocks are pipelined: while the tiles compute a block, the vector units finish the
+// one before it (BatchNorm, residual, ReLU, rounding), some rows after each k-step, so that neither
+// waits for the other.
 #include "../tile_conv.h"
 #include "amx.h"
 
@@ -12,14 +14,16 @@ namespace RESNET_FUSED_TILES {
 
 static_assert(kTileM == 32 && kTileN == 32 && kTileK == 32, "Tiles::step computes 32 x 32 x 32");
 
-// A block whose sums are known but not finished: rows [next, end) of `c`, whose row i is GEMM row m + i.
+// A block whose sums are known but not finished: rows [next, end) of `c`, whose row i is GEMM row m
+// + i.
 struct Unfinished {
   alignas(64) float c[kTileM * kTileN];
   int64_t next, end;
   int64_t line, q;  // of row `next`
   int64_t k;        // first filter
 
-  inline void begin(const TileConvParams& p, int64_t m, int64_t first, int64_t last, int64_t filter) {
+  inline void begin(const TileConvParams& p, int64_t m, int64_t first, int64_t last,
+                    int64_t filter) {
     next = first;
     end = last;
     line = (m + first) / p.pitch;
@@ -39,9 +43,11 @@ struct Unfinished {
       int64_t at = (line * p.Q + q) * p.K + k;
       const float* from = c + next * kTileN;
       if (p.residual != nullptr) {
-        for (int64_t i = 0; i < run; ++i, from += kTileN, at += p.K) epilogue(from, p.residual + at, p.out + at);
+        for (int64_t i = 0; i < run; ++i, from += kTileN, at += p.K)
+          epilogue(from, p.residual + at, p.out + at);
       } else {
-        for (int64_t i = 0; i < run; ++i, from += kTileN, at += p.K) epilogue(from, nullptr, p.out + at);
+        for (int64_t i = 0; i < run; ++i, from += kTileN, at += p.K)
+          epilogue(from, nullptr, p.out + at);
       }
       if (run > 0) {
         next += run;
@@ -60,8 +66,8 @@ struct Unfinished {
 };
 
 // Compute the block at GEMM row m and packed panel b while finishing the one before it.
-static inline void block(const TileConvParams& p, Tiles& tiles, Unfinished& before, int64_t m, const unsigned char* b,
-                         int64_t rows_per_step) {
+static inline void block(const TileConvParams& p, Tiles& tiles, Unfinished& before, int64_t m,
+                         const unsigned char* b, int64_t rows_per_step) {
   for (int64_t t = 0; t < p.taps; ++t) {
     const unsigned char* a = p.a + m * p.row_bytes + p.tap_bytes[t];
     for (int64_t s = 0; s < p.c_steps; ++s, a += 2 * kTileK, b += 2 * kTileBytes) {
@@ -76,7 +82,8 @@ static inline void block(const TileConvParams& p, Tiles& tiles, Unfinished& befo
   before.finish(p, kTileM);
 }
 
-static void tile_conv(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+static void tile_conv(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
+                      int64_t n_end) {
   Tiles tiles;
   Unfinished before;
   before.begin(p, 0, 0, 0, n_begin * kTileN);

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tile convolution in plain C++: tests hold it against AMX and against the reference on any CPU.
+// The tile convolution in plain C++: tests hold it against AMX and against the reference on any
+// CPU.
 #define RESNET_FUSED_TILES portable
 #include "tile_conv_body.h"
 
 namespace resnet_fused {
-void tile_conv_portable(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+void tile_conv_portable(const TileConvParams& p, int64_t row_begin, int64_t row_end,
+                        int64_t n_begin, int64_t n_end) {
   portable::tile_conv(p, row_begin, row_end, n_begin, n_end);
 }
 }  // namespace resnet_fused

@@ -16,8 +16,10 @@ void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end) {
       const uint16_t* filter = p.weight + (n * kTileN + f) * p.C * p.taps;
       for (int64_t c = 0; c < p.C; ++c) {
         // Tile of 16 filters, pair of channels, filter, channel of the pair.
-        const int64_t at = (c / kTileK) * kTileN * kTileK + (f / 16) * 512 + (c % kTileK / 2) * 32 + (f % 16) * 2 + c % 2;
-        for (int64_t t = 0; t < p.taps; ++t) to[t * c_steps * kTileN * kTileK + at] = filter[c * p.taps + t];
+        const int64_t at = (c / kTileK) * kTileN * kTileK + (f / 16) * 512 + (c % kTileK / 2) * 32 +
+                           (f % 16) * 2 + c % 2;
+        for (int64_t t = 0; t < p.taps; ++t)
+          to[t * c_steps * kTileN * kTileK + at] = filter[c * p.taps + t];
       }
     }
   }
@@ -36,7 +38,8 @@ void fill_planes_cpu(const PlaneParams& p, int64_t begin, int64_t end) {
     const int64_t plane = i / p.lines, y = i % p.lines;
     const int64_t fy = plane / p.phases[1], fx = plane % p.phases[1];
     uint16_t* line = p.planes + (plane * p.plane_pixels + y * p.pitch) * p.channels;
-    // Only the last line may write past its pitch: the next line's first pixels are zeros of its own.
+    // Only the last line may write past its pitch: the next line's first pixels are zeros of its
+    // own.
     const bool last = y + 1 == p.lines;
     const int64_t width = last ? p.plane_pixels - y * p.pitch : p.pitch;
     const int64_t h = y * p.stride[0] + fy - p.padding[0];

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // add_relu: out[i] = max(x[i] + y[i], 0), NaN kept, added in fp32, rounded once.
 //
-// Limited by memory: three streams of 16-byte accesses, four per thread and stream in flight. A block of 256 threads
-// takes 1,024 consecutive vectors; the last block's missing vectors and the n % (16 bytes) last elements are bounded by
-// index. Buffers that are not 16-byte aligned (offset views) go element by element. Indices are 64-bit.
+// Limited by memory: three streams of 16-byte accesses, four per thread and stream in flight. A
+// block of 256 threads takes 1,024 consecutive vectors; the last block's missing vectors and the n
+// % (16 bytes) last elements are bounded by index. Buffers that are not 16-byte aligned (offset
+// views) go element by element. Indices are 64-bit.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -47,8 +48,9 @@ struct alignas(16) Vector {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) add_relu_vector_kernel(const T* __restrict__ x, const T* __restrict__ y,
-                                                                   T* __restrict__ out, int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    add_relu_vector_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out,
+                           int64_t n) {
   static_assert(sizeof(Vector<T>) == sizeof(uint4), "a vector is one 16-byte access");
   constexpr int kSize = Vector<T>::kSize;
   const int64_t vectors = n / kSize;
@@ -81,8 +83,9 @@ __global__ void __launch_bounds__(kThreads) add_relu_vector_kernel(const T* __re
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) add_relu_scalar_kernel(const T* __restrict__ x, const T* __restrict__ y,
-                                                                   T* __restrict__ out, int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    add_relu_scalar_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out,
+                           int64_t n) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at < n) out[at] = add_relu(x[at], y[at]);
 }
@@ -92,16 +95,19 @@ cudaError_t launch(const AddReluParams& p, cudaStream_t stream) {
   const auto* x = static_cast<const T*>(p.x);
   const auto* y = static_cast<const T*>(p.y);
   auto* out = static_cast<T*>(p.out);
-  const auto bits = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(out);
+  const auto bits = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y) |
+                    reinterpret_cast<uintptr_t>(out);
   const bool aligned = bits % 16 == 0;
   const int64_t per_block = aligned ? int64_t{kThreads} * kVectors * Vector<T>::kSize : kThreads;
   const int64_t blocks = (p.n + per_block - 1) / per_block;
   // The grid's x dimension ends at 2^31 - 1: 2^41 elements in vectors, 2^39 one by one.
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   if (aligned) {
-    add_relu_vector_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, y, out, p.n);
+    add_relu_vector_kernel<T>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, y, out, p.n);
   } else {
-    add_relu_scalar_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, y, out, p.n);
+    add_relu_scalar_kernel<T>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, y, out, p.n);
   }
   return cudaGetLastError();
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every PTX instruction of the CUDA kernels, once, behind a small function; the only file with inline assembly.
+// Every PTX instruction of the CUDA kernels, once, behind a small function; the only file with
+// inline assembly.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CPU's choices of path, pieces and planes, over thousands of shapes: pure functions."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = r"""
+#include "ops/conv_plan.h"
+using namespace resnet_fused;
+extern "C" {
+int conv_path_of(int dtype, long c, long groups, long r, long s, long sh, long sw, long out_w,
+                 int tiles) {
+  const int64_t stride[2] = {sh, sw};
+  const auto path = conv_path(static_cast<DType>(dtype), c, groups, r, s, stride, out_w, tiles);
+  return static_cast<int>(path);
+}
+long piece(long n, long bytes, long threads) { return images_per_piece(n, bytes, threads); }
+long chunk(long rows, long row_bytes, long bytes, long threads) {
+  return rows_per_chunk(rows, row_bytes, bytes, threads);
+}
+// Fills out[0..5] with phases, lines, width, pitch and pixels.
+void planes(long H, long W, long P, long Q, long R, long S, const int64_t* g, int64_t* out) {
+  const Planes p = plan_planes(H, W, P, Q, R, S, g, g + 2, g + 4);
+  const int64_t all[] = {p.phases[0], p.phases[1], p.lines, p.width, p.pitch, p.pixels};
+  for (int i = 0; i < 6; ++i) out[i] = all[i];
+}
+}
+"""
+F32, BF16, F16 = 0, 1, 2
+TILES, ONEDNN, ONEDNN_F32 = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None, "the package was built with a C++ compiler; it must still be there"
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "plan.cpp").write_text(SOURCE)
+    library = folder / "plan.so"
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(folder / "plan.cpp"), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.conv_path_of.argtypes = [ctypes.c_int, *[ctypes.c_long] * 7, ctypes.c_int]
+    for name, count in (("piece", 3), ("chunk", 4)):
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * count
+    return loaded
+
+
+def test_path(plan: ctypes.CDLL) -> None:
+    """Breaks if a shape goes where it is wrong or slow."""
+    for c, groups, r, stride, out_w, tiles in itertools.product(
+        (1, 3, 16, 64), (1, 4), (1, 3, 7), (1, 2), (1, 2, 50), (0, 1)
+    ):
+        args = (c, groups, r, r, stride, stride, out_w, tiles)
+        assert plan.conv_path_of(F32, *args) == ONEDNN
+        assert plan.conv_path_of(F16, *args) == ONEDNN_F32
+        path = plan.conv_path_of(BF16, *args)
+        if tiles and groups == 1 and c >= 16:
+            assert path == TILES
+        else:
+            # The AMX bug of oneDNN: never a strided window with an output one pixel wide.
+            assert path == (ONEDNN_F32 if r > 1 and stride > 1 and out_w == 1 else ONEDNN)
+
+
+def test_pieces_cover_all_images(plan: ctypes.CDLL) -> None:
+    """Breaks if images are lost, a piece is empty, or threads are left without an image."""
+    for n, size, threads in itertools.product(
+        (1, 2, 3, 7, 16, 33, 256), (1, 10**5, 3 * 10**6, 10**9, 2**40), (1, 2, 3, 64)
+    ):
+        piece = plan.piece(n, size, threads)
+        assert 1 <= piece <= n
+        assert piece == n or piece >= min(n, threads)
+        # A piece may exceed the caches only to give every thread one image.
+        assert piece <= threads or piece * size <= 2 * threads * (3 << 20)
+
+
+def test_chunks_are_whole_blocks(plan: ctypes.CDLL) -> None:
+    """Breaks if a chunk is not a multiple of 32 rows, at the 32-bit limits too."""
+    for rows, row_bytes, threads in itertools.product(
+        (1, 31, 32, 33, 3136, 50176, 2**31 - 1, 2**31 + 1, 2**33 + 1), (64, 4096, 2**20), (1, 2, 96)
+    ):
+        for budget in (1 << 18, 1 << 20):
+            chunk = plan.chunk(rows, row_bytes, budget, threads)
+            assert chunk % 32 == 0 and chunk > 0
+            assert chunk <= max(64, budget // row_bytes) + 31
+
+
+def test_planes_hold_every_tap_of_every_output(plan: ctypes.CDLL) -> None:
+    """Breaks if a tap reads another line's pixels, or beyond its plane.
+
+    Lines overlap by `width - pitch` pixels, which must be padding at both ends.
+    """
+    rng = random.Random(0)
+    for _ in range(4000):
+        r, s = rng.randint(1, 7), rng.randint(1, 7)
+        sh, sw = rng.randint(1, 4), rng.randint(1, 4)
+        dh, dw = rng.randint(1, 3), rng.randint(1, 3)
+        ph, pw = rng.randint(0, 5), rng.randint(0, 5)
+        h, w = rng.randint(1, 20), rng.randint(1, 20)
+        p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
+        if p < 1 or q < 1:
+            continue
+        geometry = (ctypes.c_int64 * 6)(sh, sw, ph, pw, dh, dw)
+        out = (ctypes.c_int64 * 6)()
+        plan.planes(*map(ctypes.c_long, (h, w, p, q, r, s)), geometry, out)
+        phases_h, phases_w, lines, width, pitch, pixels = out
+        assert pitch <= width and pitch >= q
+        for a in range(r):
+            y, fy = a * dh // sh, a * dh % sh
+            assert fy < phases_h and p - 1 + y < lines
+        for b in range(s):
+            x, fx = b * dw // sw, b * dw % sw
+            assert fx < phases_w and q - 1 + x < width
+        rows = (p - 1) * pitch + q
+        last_tap = ((r - 1) * dh // sh) * pitch + (s - 1) * dw // sw
+        assert max(rows, 32) - 1 + last_tap < pixels
+        for f in range(phases_w):
+            for i in range(width - pitch):
+                first, last = i * sw + f - pw, (width - 1 - i) * sw + f - pw
+                assert not 0 <= first < w and not 0 <= last < w, "a line's ends are shared: padding"

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Packed weights follow every change of the parameters they were made from."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import resnet_fused
+from harness.case import Source
+from resnet_fused import _extension
+from resnet_fused.ops import ConvBN
+
+FIELDS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda t: t.mul_(1.5),
+    "one element": lambda t: t.view(-1)[t.numel() // 2].add_(3.0),
+    "copy_": lambda t: t.copy_(t.flip(0)),
+    "data": lambda t: t.data.mul_(1.5),
+    "data copy_": lambda t: t.data.copy_(t.data.flip(0) + 1),
+    "set_": lambda t: t.set_(t.detach().clone().mul_(2.0)),
+}
+
+
+def _expect(x: Tensor, conv: ConvBN) -> Tensor:
+    with resnet_fused.backend("reference"):
+        return resnet_fused.conv_bn_act(x, conv, relu=False).float()
+
+
+@pytest.mark.parametrize("path", ["auto", "onednn", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_counts_at_the_next_call(
+    change: str, inference: bool, dtype: torch.dtype, path: str, force_path: Any
+) -> None:
+    """Breaks if a stale packing is used; inference tensors have no version counter to ask."""
+    with torch.inference_mode(inference), force_path(path):
+        s = Source(dtype)
+        x, conv = s.image(1, 64, 6, 6), s.conv(64, 32, 3, bias=True)
+        for field in FIELDS:
+            before = resnet_fused.conv_bn_act(x, conv, relu=False).float()
+            CHANGES[change](getattr(conv, field))
+            after = resnet_fused.conv_bn_act(x, conv, relu=False).float()
+            want = _expect(x, conv)
+            tolerance = (
+                0.03 * want.abs().max()
+            )  # bf16 weights rounded once more; a change is larger
+            assert (after - want).abs().max() < tolerance, field
+            assert not torch.equal(before, after), field
+
+
+def test_a_surgical_edit_behind_autograds_back_is_the_documented_limit() -> None:
+    """``.data`` edits have no version; whole tensors are noticed (above), one element need not be.
+
+    Fails if that ever gets better: then README should promise it.
+    """
+    s = Source(torch.float32)
+    x, conv = s.image(1, 64, 6, 6), s.conv(64, 64, 3)
+    before = resnet_fused.conv_bn_act(x, conv)
+    conv.weight.data[5, 6, 1, 1] += 1
+    assert torch.equal(resnet_fused.conv_bn_act(x, conv), before)
+    conv.weight.mul_(1)  # any tracked update brings it in
+    assert not torch.equal(resnet_fused.conv_bn_act(x, conv), before)
+
+
+def test_geometry_is_part_of_the_key() -> None:
+    """Breaks if one weight used with two strides shares a packing."""
+    s = Source(torch.float32)
+    x, conv = s.image(1, 32, 9, 9), s.conv(32, 32, 3)
+    for stride, dilation in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 1)):
+        changed = conv._replace(stride=(stride, stride), dilation=(dilation, dilation))
+        got = resnet_fused.conv_bn_act(x, changed, relu=False)
+        torch.testing.assert_close(got, _expect(x, changed), rtol=1e-5, atol=1e-5)
+
+
+def test_packings_die_with_their_weights() -> None:
+    """Breaks if a process that loads model after model keeps every packing."""
+    library = _extension._library
+    assert library is not None
+    gc.collect()
+    before = library.resnet_fused_pack_bytes()
+    s = Source(torch.bfloat16)
+    for _ in range(3):
+        convs = [s.conv(64, 64, 3) for _ in range(4)]
+        for conv in convs:
+            resnet_fused.conv_bn_act(s.image(1, 64, 6, 6), conv)
+        assert library.resnet_fused_pack_bytes() >= before + 4 * 64 * 64 * 9 * 2
+        del convs, conv
+        gc.collect()
+        assert library.resnet_fused_pack_bytes() == before
+
+
+def test_new_sizes_do_not_pack_each_time(force_path: Any) -> None:
+    """Breaks if images of ever new sizes pay for packing, or fill the memory with layouts."""
+    library = _extension._library
+    assert library is not None
+    s = Source(torch.float32)
+    with force_path("onednn"):
+        conv = s.conv(32, 32, 3)
+        resnet_fused.conv_bn_act(s.image(1, 32, 8, 8), conv)
+        count, size = library.resnet_fused_pack_count(), library.resnet_fused_pack_bytes()
+        for n in range(9, 30):
+            x = s.image(1, 32, n, n + 1)
+            got = resnet_fused.conv_bn_act(x, conv, relu=False)
+            torch.testing.assert_close(got, _expect(x, conv), rtol=1e-5, atol=1e-5)
+        assert library.resnet_fused_pack_count() == count
+        for _ in range(3):
+            for n in range(9, 19):
+                resnet_fused.conv_bn_act(s.image(1, 32, n, n), conv)
+                resnet_fused.conv_bn_act(s.image(1, 32, n, n), conv)
+        assert library.resnet_fused_pack_bytes() <= size + 4 * conv.weight.numel() * 4
