@@ -62,7 +62,7 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
             plan = current_plan(self)
             if plan.takes(args, kwargs) and plan.why_plain(self) is None:
                 y = plan.run(self, *args)  # type: ignore[misc]
-                return as_eager(y, args[0], first_weight(self, plan))
+                return as_eager(y, args[0], lambda: first_weight(self))
         return cls.forward(self, *args, **kwargs)
 
     names = {
@@ -83,12 +83,9 @@ def _new(cls: type[nn.Module], *args: Any) -> Any:
     return fused.__new__(fused, *args)
 
 
-def first_weight(owner: nn.Module, plan: Plan) -> Any:
+def first_weight(module: nn.Module) -> torch.Tensor | None:
     """The first convolution's weight: in eager its memory format decides the output's, too."""
-    for site in plan.sites:
-        for name in site.convs:
-            return child(owner, name).weight
-    return None
+    return next((p for p in module.parameters() if p.dim() == 4), None)
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:

@@ -8,7 +8,9 @@ convolution's output is one pixel wide.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,20 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from resnet_fused.ops.conv_bn import ConvBN
+
+
+def _without_autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``op`` with autocast off: it would cast the float32 copies back, to the bug above."""
+
+    @wraps(op)
+    def call(x: Tensor, *args: Any) -> Tensor:
+        device = x.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return op(x, *args)
+        with torch.autocast(device, enabled=False):
+            return op(x, *args)
+
+    return call
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,6 +66,7 @@ def _conv_bn(x: Tensor, conv: ConvBN) -> Tensor:
     return y if conv.bn_bias is None else y + conv.bn_bias.to(acc).view(-1, 1, 1)
 
 
+@_without_autocast
 def conv_bn_act(x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool) -> Tensor:
     """``act(bn(conv(x)) + residual)``, rounded once."""
     acc = compute_dtype(x.dtype)
@@ -59,12 +76,14 @@ def conv_bn_act(x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool) ->
     return (F.relu(y) if relu else y).to(x.dtype)
 
 
+@_without_autocast
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)``, rounded once."""
     acc = compute_dtype(x.dtype)
     return F.relu(x.to(acc) + y.to(acc)).to(x.dtype)
 
 
+@_without_autocast
 def stem(x: Tensor, conv: ConvBN) -> Tensor:
     """3x3/2 max-pool (padding 1) of ``relu(bn(conv(x)))``; rounding before or after the max is the
     same.
@@ -72,12 +91,14 @@ def stem(x: Tensor, conv: ConvBN) -> Tensor:
     return F.max_pool2d(conv_bn_act(x, conv, None, True), 3, 2, 1)
 
 
+@_without_autocast
 def basic_block(x: Tensor, conv1: ConvBN, conv2: ConvBN, downsample: ConvBN | None) -> Tensor:
     """``relu(conv2(relu(conv1(x))) + shortcut)``; each intermediate tensor is rounded once."""
     identity = x if downsample is None else conv_bn_act(x, downsample, None, False)
     return conv_bn_act(conv_bn_act(x, conv1, None, True), conv2, identity, True)
 
 
+@_without_autocast
 def bottleneck(
     x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, downsample: ConvBN | None
 ) -> Tensor:
@@ -89,6 +110,7 @@ def bottleneck(
     return conv_bn_act(y, conv3, identity, True)
 
 
+@_without_autocast
 def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(mean of x over H and W)``, rounded once."""
     acc = compute_dtype(x.dtype)

@@ -217,6 +217,29 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
             assert off(turned, expected) <= 1
 
 
+@pytest.mark.parametrize(
+    ("size", "resize", "crop", "whole", "corner"),
+    [
+        ((500, 375), 256, 224, (341, 256), (58, 16)),  # 341.3; 58.5, half to even
+        ((375, 500), 256, 224, (256, 341), (16, 58)),
+        ((640, 427), 232, 224, (347, 232), (62, 4)),  # 347.7 is cut; 61.5, half to even
+        ((1, 1), 256, 224, (256, 256), (16, 16)),
+        ((3000, 2), 256, 224, (384000, 256), (191888, 16)),
+    ],
+)
+def test_sizes_are_rounded_as_by_torchvision(
+    size: tuple[int, int],
+    resize: int,
+    crop: int,
+    whole: tuple[int, int],
+    corner: tuple[int, int],
+) -> None:
+    """Breaks if the longer side is rounded and not cut, or the crop is half a pixel elsewhere."""
+    left, top = corner
+    box = (left, top, left + crop, top + crop)
+    assert geometry(*size, Preprocessing(resize=resize, crop=crop)) == (whole, box)
+
+
 def float_order(image: Image.Image, prep: Preprocessing) -> Tensor:
     """The usual order without any rounding: to float64, resize, crop; levels 0 to 255."""
     (width, height), (left, top, _, _) = geometry(*image.size, prep)

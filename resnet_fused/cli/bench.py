@@ -17,7 +17,7 @@ from resnet_fused.bench import machine, subjects
 from resnet_fused.bench.compare import compare
 from resnet_fused.bench.results import Row, Setting, save_csv, table, write_csv, write_json
 
-COMPILE_SHARE = 0.5
+COMPILE_SHARE = 0.6
 """Part of the time budget that torch.compile may take for compiling, all settings together."""
 
 EPILOG = """\
@@ -92,9 +92,9 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--budget-s",
         type=positive,
-        default=100,
+        default=105,
         metavar="S",
-        help="seconds for the whole run, half of it at most for compiling (default: 100)",
+        help="seconds for the whole run, 60 %% of it at most for compiling (default: 105)",
     )
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--seed", type=int, default=0, help="of weights, images and order (default: 0)")

@@ -7,12 +7,16 @@ Everything unknown counts as sharing and changing, so that in doubt code is left
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules import activation, batchnorm, conv, pooling
 
 from resnet_fused.fusion.standins import IN_PLACE
+from resnet_fused.modules import FROZEN
+
+IsClean = Callable[[nn.Module], bool]
 
 IN_PLACE_OPERATORS = frozenset(getattr(operator, f"__{name}__") for name in IN_PLACE)
 # These give a new tensor; other torch modules and functions may hand on or look into their input.
@@ -44,11 +48,8 @@ def nodes_in(value: Any) -> list[fx.Node]:
     return found
 
 
-def overwrites(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
-    """Whether ``node`` writes to its first argument; None if it may write to any of them."""
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return bool(getattr(module, "inplace", False)) if _known(module) else None
+def overwrites(node: fx.Node) -> bool | None:
+    """Whether ``node``, no module, writes to its first argument; None if it may write to any."""
     if node.op == "call_method":
         name = str(node.target)
         if name == "__call__":
@@ -80,10 +81,8 @@ def _known(module: nn.Module) -> bool:
     return own and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def makes_new(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """True if the result of ``node`` shares memory with nothing else."""
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], _NEW_MODULES)
+def makes_new(node: fx.Node) -> bool:
+    """True if the result of ``node``, no module, shares memory with nothing else."""
     if node.op == "call_method":
         return node.target in _NEW_NAMES
     if node.op == "call_function":
@@ -92,7 +91,7 @@ def makes_new(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return False
 
 
-def use_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+def use_results(graph: fx.Graph) -> None:
     """Let what follows ``x.add_(y)`` read the result instead of ``x``: they are one tensor.
 
     A module is left out, since a hook may make it return something else.
@@ -100,7 +99,7 @@ def use_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         seen.add(node)
-        if node.op in ("call_function", "call_method") and overwrites(node, modules):
+        if node.op in ("call_function", "call_method") and overwrites(node):
             target = node.args[0] if node.args else None
             if isinstance(target, fx.Node):
                 for user in [u for u in target.users if u not in seen]:
@@ -108,9 +107,15 @@ def use_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 
 class Effects:
-    """Memory shared and changed in one graph."""
+    """Memory shared and changed in one graph.
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    Args:
+        modules: what the graph calls.
+        is_clean: True for a module that neither writes to its inputs nor returns memory of theirs.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], is_clean: IsClean) -> None:
+        self.modules, self.is_clean = modules, is_clean
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
         self.written: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -118,14 +123,33 @@ class Effects:
             inputs = nodes_in((node.args, node.kwargs))
             everything = frozenset[fx.Node]().union(*(self.roots[n] for n in inputs))
             first = self.roots[inputs[0]] if inputs else frozenset()
-            writes = overwrites(node, modules)
+            writes, new = self._kind(node)
             self.written[node] = everything if writes is None else first if writes else frozenset()
             if writes:
                 self.roots[node] = first
-            elif writes is False and (makes_new(node, modules) or not inputs):
+            elif writes is False and (new or not inputs):
                 self.roots[node] = frozenset((node,))
             else:
                 self.roots[node] = everything | {node}
+
+    def _kind(self, node: fx.Node) -> tuple[bool | None, bool]:
+        """Whether ``node`` writes, as ``overwrites``, and whether its result is new."""
+        if node.op != "call_module":
+            return overwrites(node), makes_new(node)
+        module = self.modules[str(node.target)]
+        if _known(module):
+            in_place = bool(getattr(module, "inplace", False))
+            return in_place, not in_place and isinstance(module, _NEW_MODULES)
+        clean = type(module).__name__ in FROZEN or self.is_clean(module)
+        return (False, True) if clean else (None, False)
+
+    def clean(self) -> bool:
+        """True if the graph neither writes to its inputs nor returns memory of theirs."""
+        graph = next(iter(self.position)).graph
+        inputs = {n for n in graph.nodes if n.op == "placeholder"}
+        results = nodes_in(next(n for n in graph.nodes if n.op == "output").args)
+        written = (*self.written.values(), *(self.roots[n] for n in results))
+        return not any(roots & inputs for roots in written)
 
     def may_move(self, value: fx.Node, start: fx.Node, end: fx.Node, own: set[fx.Node]) -> bool:
         """True if reading ``value`` at ``end`` gives what it gave at ``start``.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from resnet_fused.fusion import steps
-from resnet_fused.fusion.effects import Effects, use_results
+from resnet_fused.fusion.effects import Effects, IsClean, use_results
 from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.tracing import Trace
 from resnet_fused.fusion.units import is_conv, is_norm
@@ -72,12 +72,12 @@ class Found:
 class Matcher:
     """The fused calls of one trace, and why other convolutions are refused."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, is_clean: IsClean) -> None:
         self.trace = trace
         self.modules = trace.modules
         self.nodes = Nodes(trace)
-        use_results(trace.graph, trace.modules)
-        self.effects = Effects(trace.graph, trace.modules)
+        use_results(trace.graph)
+        self.effects = Effects(trace.graph, trace.modules, is_clean)
         self.found: list[Found] = []
         self.refused: dict[str, str] = {}
         self.taken: set[fx.Node] = set()
@@ -90,6 +90,10 @@ class Matcher:
         self.found.sort(key=lambda f: self.effects.position[f.nodes[-1]])
         for found in self.found:
             found.site = self._site(found)
+
+    def plain(self) -> list[fx.Node]:
+        """The operations that no fused call replaces."""
+        return [n for n in self.trace.graph.nodes if n not in self.taken]
 
     # Convolutions
 

@@ -10,32 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from resnet_fused.fusion import steps
+from resnet_fused.fusion.layouts import Layouts
 from resnet_fused.fusion.matching import Found, Matcher, Pair, Param
 from resnet_fused.fusion.standins import CONTAINERS, MISSING, Refused, freeze
 from resnet_fused.fusion.tracing import Trace, kinds, read
 from resnet_fused.fusion.units import (
     child,
     inlinable,
-    is_leaf,
     is_native,
     is_planned,
-    is_sequential,
     is_unit,
     original,
 )
-from resnet_fused.modules import Fused, Site, conv_bn, why_plain
+from resnet_fused.modules import Site, conv_bn, why_plain
 
-# Code that asks for these would notice that the ops write channels_last.
-_LAYOUT = (
-    "stride",
-    "is_contiguous",
-    "as_strided",
-    "storage",
-    "untyped_storage",
-    "data_ptr",
-    "numpy",
-)
 _MAX_CHANGES = 16
 
 
@@ -47,14 +35,16 @@ class Plan:
     """How one module runs.
 
     Args:
-        sites: the fused calls, in order; empty if there are none.
-        run: the forward with fused calls, ``run(module, *tensors)``.
+        sites: the fused calls, in order.
+        run: the forward with fused calls, ``run(module, *tensors)``; None if there is nothing to gain.
+            Without sites it only spares fused modules below the conversion of memory formats.
         inputs: number of tensors it takes.
         watched: per submodule path, the children and attributes that the plan was made from.
         inlined: submodules that ``run`` does not call though eager does.
         eval_only: modules whose training flag must be off.
         refused: convolutions that stay plain, with the reason.
         error: why the forward could not be read at all.
+        clean: the forward neither writes to its inputs nor returns memory of theirs.
         any_layout: the forward does the same whatever the memory format of its input.
         forward: the class's forward that was read.
         changes: how often a plan was made for this module because something had changed.
@@ -68,6 +58,7 @@ class Plan:
     eval_only: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    clean: bool = False
     any_layout: bool = False
     forward: Any = None
     changes: int = 0
@@ -107,6 +98,8 @@ class Plan:
         """Why the fused calls may not be made now; None if they may and nothing ``changed``."""
         if self.run is None:
             return self.error or "nothing to fuse"
+        if not self.sites and owner.training:
+            return "training mode"
         for path in self.eval_only:
             if child(owner, path).training:
                 return f"'{path}' is in training mode" if path else "training mode"
@@ -155,7 +148,12 @@ def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | N
     trace = _read(module)
     if isinstance(trace, str):
         return Plan(error=trace, watched=_watch_kinds(module), changes=changes)
-    matcher = Matcher(trace)
+    plan_of = plan_of or plan_now
+
+    def is_clean(below: nn.Module) -> bool:
+        return is_native(below) or (is_unit(below) and plan_of(below).clean)
+
+    matcher = Matcher(trace, is_clean)
     for path in trace.inlined:
         trace.reads[path, "forward"] = MISSING
     plan = Plan(
@@ -164,19 +162,21 @@ def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | N
         inlined=tuple(trace.inlined),
         eval_only=tuple({**dict.fromkeys(trace.inlined), **trace.eval_only}),
         refused=matcher.refused,
+        clean=matcher.effects.clean(),
         forward=original(module).forward,
         changes=changes,
     )
-    layouts = _Layouts(trace, matcher, plan_of or make_plan)
-    if not matcher.found:
+    layouts = Layouts(trace, matcher.effects, matcher.plain(), plan_of)
+    carry = not any(f.site.convs for f in matcher.found) and layouts.carries()
+    if not matcher.found and not carry:
         return replace(plan, any_layout=layouts.any())
-    error = layouts.prepare()
+    error = layouts.prepare(carry)
     if error:
         return replace(plan, error=error)
-    run = _compile(trace.graph, matcher.found, original(module).__name__)
     sites = tuple(f.site for f in matcher.found)
     for site in sites:
         _ = site.paths  # worked out once, before torch.compile comes across it
+    run = _compile(trace.graph, matcher.found, original(module).__name__)
     return replace(plan, sites=sites, run=run, any_layout=True)
 
 
@@ -187,9 +187,8 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
 
     def plan_of(module: nn.Module) -> Plan:
         if id(module) not in plans:
-            planned = is_planned(module)
             plans[id(module)] = (
-                current_plan(module) if planned else make_plan(module, plan_of=plan_of)
+                current_plan(module) if is_planned(module) else make_plan(module, plan_of=plan_of)
             )
         return plans[id(module)]
 
@@ -213,6 +212,11 @@ def current_plan(module: Any) -> Plan:
         return Plan(error="the module was changed after fuse()")
     plan = module._fuse_plan = make_plan(module, plan)
     return plan
+
+
+def plan_now(module: nn.Module) -> Plan:
+    """The plan that a module has or could have."""
+    return current_plan(module) if is_planned(module) else make_plan(module)
 
 
 def _read(module: nn.Module) -> Trace | str:
@@ -253,62 +257,6 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Any, ...]:
         )
         result.append((tuple(path.split(".")) if path else (), trace.children.get(path), reads))
     return tuple(result)
-
-
-class _Layouts:
-    """What the plain part of a graph makes of the memory formats of its values."""
-
-    def __init__(self, trace: Trace, matcher: Matcher, plan_of: PlanOf) -> None:
-        self.trace, self.effects, self.plan_of = trace, matcher.effects, plan_of
-        self.plain = [n for n in trace.graph.nodes if n not in matcher.taken]
-
-    def any(self) -> bool:
-        """True if the forward does the same for every memory format."""
-        return all(
-            self._takes_any(node)
-            if node.op == "call_module"
-            else node.op != "call_method" or node.target not in ("view", *_LAYOUT)
-            for node in self.plain
-        )
-
-    def _takes_any(self, node: fx.Node) -> bool:
-        return self._any_layout(self.trace.modules[str(node.target)])
-
-    def _any_layout(self, module: nn.Module) -> bool:
-        if is_leaf(module) or isinstance(module, Fused):
-            return True
-        if is_sequential(module) and not is_planned(module):
-            return all(self._any_layout(m) for m in module.children())
-        return is_unit(module) and self.plan_of(module).any_layout
-
-    def prepare(self) -> str | None:
-        """Make the plain part independent of memory formats; returns why that cannot be done."""
-        graph = self.trace.graph
-        first = next(n for n in graph.nodes if n.op == "placeholder")
-        for node in self.plain:
-            if node.op == "call_method" and node.target in _LAYOUT:
-                return f"its forward asks for the memory layout ({node.target})"
-            if node.op == "call_method" and node.target == "view":
-                if self._written_later(node):
-                    return "its forward changes a view in place"
-                if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
-                    node.target = "reshape"
-            if node.op == "call_module" and not self._takes_any(node):
-                with graph.inserting_before(node):
-                    node.args = tuple(
-                        graph.call_function(steps.as_eager, (a, first))
-                        if isinstance(a, fx.Node)
-                        else a
-                        for a in node.args
-                    )
-        return None
-
-    def _written_later(self, view: fx.Node) -> bool:
-        effects = self.effects
-        return any(
-            written & effects.roots[view] and effects.position[n] > effects.position[view]
-            for n, written in effects.written.items()
-        )
 
 
 def _compile(graph: fx.Graph, found: list[Found], name: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ result's shape and dtype. ``mode`` says what eager's addition made: a ``new`` te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,8 +120,14 @@ def is_channels_last(x: Tensor) -> bool:
     return 0 < sc <= sw and sw >= sc * c and sh >= sw * w and sn >= sh * h and sn != sc
 
 
-def as_eager(y: Any, x: Any, weight: Tensor | None = None) -> Any:
-    """``y`` with its images in the memory format that eager gives for ``x`` and ``weight``.
+def to_channels_last(x: Any) -> Any:
+    """``x`` in the format in which the ops take it fastest."""
+    is_image = isinstance(x, Tensor) and x.dim() == 4
+    return x.contiguous(memory_format=torch.channels_last) if is_image else x
+
+
+def as_eager(y: Any, x: Any, weight: Callable[[], Tensor | None] | None = None) -> Any:
+    """``y`` with its images in the memory format that eager gives for ``x`` and ``weight()``.
 
     The ops write channels_last whatever comes in; code outside may rely on the format, as ``view``
     does.
@@ -128,7 +135,8 @@ def as_eager(y: Any, x: Any, weight: Tensor | None = None) -> Any:
     if isinstance(y, Tensor):
         if x.dim() != 4 or y.dim() != 4 or is_channels_last(x) or not is_channels_last(y):
             return y
-        if weight is not None and is_channels_last(weight):
+        w = None if weight is None else weight()
+        if w is not None and is_channels_last(w):
             return y
         return y.clone(memory_format=torch.contiguous_format)
     return tree_map_only(Tensor, lambda v: as_eager(v, x, weight), y)

@@ -62,8 +62,9 @@ def flatten_optional(conv: ConvBN | None) -> tuple[Any, ...]:
 
 def unflatten(args: tuple[Any, ...]) -> ConvBN:
     """Inverse of ``flatten``."""
-    *tensors, eps, g = args
-    return ConvBN(*tensors, eps, (g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
+    weight, bias, bn_weight, bn_bias, mean, var, eps, g = args
+    geometry = ((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
+    return ConvBN(weight, bias, bn_weight, bn_bias, mean, var, eps, *geometry)
 
 
 def unflatten_optional(args: tuple[Any, ...]) -> ConvBN | None:
@@ -170,9 +171,8 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def autocast_on(x: Tensor) -> bool:
-    """True if eager's ops on ``x`` would run under autocast; devices like meta know none."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """True if eager's ops on ``x`` would run under autocast; asking for meta would raise."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def check_same_dtype(x: Tensor, conv: ConvBN, name: str = "conv") -> None:

@@ -95,13 +95,8 @@ def _bytes_to_tensor(data: bytes) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode == "RGB":
-        return image
-    if mode == "F" or mode.startswith("I"):
+    if image.mode == "F" or image.mode.startswith("I"):
         image = _high_byte(image)
-    elif mode == "P":
-        image = image.convert("RGBA")  # knows about transparent palette entries
     return image.convert("RGB")
 
 
