@@ -58,7 +58,7 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)  # tools look at the parameters
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and not torch.jit.is_tracing():
+        if not self.training and not _wants_torch_ops():
             plan = current_plan(self)
             if plan.takes(args, kwargs) and plan.why_plain(self) is None:
                 y = plan.run(self, *args)  # type: ignore[misc]
@@ -75,6 +75,11 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     fused: type[nn.Module] = metaclass(f"Fused{cls.__name__}", (Planned, cls), names)
     _CLASSES[cls] = fused
     return fused
+
+
+def _wants_torch_ops() -> bool:
+    """True where only torch's own operations will do: TorchScript tracing, function transforms."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _new(cls: type[nn.Module], *args: Any) -> Any:

@@ -125,10 +125,15 @@ def test_vmap_and_grad() -> None:
     xs = torch.stack([image(seed=i) for i in range(3)])
     with torch.no_grad():
         close(torch.vmap(fused)(xs), torch.vmap(plain)(xs))
-    x = image()
-    close(
-        torch.func.grad(lambda x: fused(x).sum())(x), torch.func.grad(lambda x: plain(x).sum())(x)
-    )
+    grads = [torch.func.grad(lambda x, m=m: m(x).sum())(image()) for m in (fused, plain)]
+    close(*grads)
+
+    def loss(params: dict[str, torch.Tensor], m: nn.Module) -> torch.Tensor:
+        return torch.func.functional_call(m, params, (image(),)).sum()
+
+    params = dict(plain.named_parameters())
+    for name, want in torch.func.grad(loss)(params, plain).items():
+        close(torch.func.grad(loss)(params, fused)[name], want)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -128,6 +128,7 @@ def test_16_bit_colour() -> None:
     assert off(pixels(png_16_bits_rgb(0x12FF, 0xFF00, 0x8001)), expected) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128])])
 def test_palette(transparency: Any) -> None:
     """Breaks if palette indices are taken for levels, or transparent entries lose their colour."""

@@ -43,6 +43,7 @@ struct TileConvParams {
   int64_t rows;      // of the GEMM: P * pitch
   int64_t pitch, Q;  // row m is output pixel (m / pitch) * Q + m % pitch if m % pitch < Q
   bool relu;
+  bool stream;          // write past the caches: K % 32 == 0 and out on a 64-byte boundary
   bool filters_inside;  // loop order: all filters for one block of rows before the next, or the
                         // other way round
 };

@@ -64,8 +64,10 @@ Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu
   if (form_ == Form::tiles) {
     Sizes sizes = out_;
     sizes[0] = x.size(0);
-    if (!out.defined()) out = empty_channels_last(sizes, dtype, x);
-    run_tile_conv(conv_, packed_->weight, affine_, x, residual, relu, out);
+    // Part of a large output: what reads it comes when the caches have long lost it.
+    const bool stream = out.defined();
+    if (!stream) out = empty_channels_last(sizes, dtype, x);
+    run_tile_conv(conv_, packed_->weight, affine_, x, residual, relu, stream, out);
     return out;
   }
   std::shared_ptr<const Packed> packed = packed_;

@@ -93,7 +93,7 @@ Affine read_affine(const Conv& conv) {
 }
 
 void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine, const Tensor& x,
-                   const Tensor& residual, bool relu, const Tensor& out) {
+                   const Tensor& residual, bool relu, bool stream, const Tensor& out) {
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   const int64_t K = conv.channels(), R = conv.weight.size(2), S = conv.weight.size(3);
   const int64_t P = conv.out_size(0, H), Q = conv.out_size(1, W);
@@ -108,6 +108,7 @@ void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine,
   p.filters_inside = filters_inside(p.taps, p.c_steps * kTileK, K);
   const uint16_t* rest = bf16(residual);
   auto* to = static_cast<uint16_t*>(out.mutable_data());
+  p.stream = stream && K % kTileN == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 
   if (in_place(conv, x, N * P * Q)) {
     const int64_t zero = 0;

@@ -15,9 +15,10 @@ struct Affine {
 };
 Affine read_affine(const Conv& conv);
 
-// out = act(bn(conv(x)) + residual) for dense NHWC bf16 tensors; residual may be absent.
+// out = act(bn(conv(x)) + residual) for dense NHWC bf16 tensors; residual may be absent. `stream`:
+// write past the caches where that can be done.
 void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine, const Tensor& x,
-                   const Tensor& residual, bool relu, const Tensor& out);
+                   const Tensor& residual, bool relu, bool stream, const Tensor& out);
 
 // True if bf16 convolutions without groups run on tiles here.
 bool tiles_available();

@@ -12,7 +12,7 @@ from torch import fx, nn
 from resnet_fused.fusion import steps
 from resnet_fused.fusion.effects import Effects
 from resnet_fused.fusion.tracing import Trace
-from resnet_fused.fusion.units import is_leaf, is_native, is_planned, is_sequential, is_unit
+from resnet_fused.fusion.units import is_leaf, is_planned, is_sequential, is_unit
 from resnet_fused.modules import Fused
 
 # Code that asks for these would notice the format; ``view`` can be replaced by ``reshape``.
@@ -45,19 +45,17 @@ class Layouts:
     def carries(self) -> bool:
         """True if the forward hands images from one fused module to another.
 
-        Each would restore the format of its input; a forward that converts its own input once spares
-        them that.
+        Each would restore the format of its input; a forward that converts its own input once
+        spares them that.
         """
         calls = [self._module(n) for n in self.plain if n.op == "call_module"]
-        return sum(self._is_fused(m) for m in calls) > 1 and self.effects.clean()
+        return sum(self._is_planned(m) for m in calls) > 1 and self.effects.clean()
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.trace.modules[str(node.target)]
 
-    def _is_fused(self, module: nn.Module) -> bool:
-        if is_planned(module) or is_native(module):
-            return True
-        return is_unit(module) and self.plan_of(module).run is not None
+    def _is_planned(self, module: nn.Module) -> bool:
+        return is_planned(module) or (is_unit(module) and self.plan_of(module).run is not None)
 
     def _any_layout(self, module: nn.Module) -> bool:
         if is_leaf(module) or isinstance(module, Fused):
@@ -72,6 +70,7 @@ class Layouts:
         Args:
             carry: convert the inputs to channels_last first.
         """
+        restored: list[tuple[fx.Node, list[fx.Node]]] = []
         for node in self.plain:
             if node.op == "call_method" and node.target in _ASKS:
                 return f"its forward asks for the memory layout ({node.target})"
@@ -81,9 +80,16 @@ class Layouts:
                 if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
                     node.target = "reshape"
             if node.op == "call_module" and not self._any_layout(self._module(node)):
-                reason = self._restore(node, carry)
-                if reason:
-                    return reason
+                given = [] if carry else self.inputs  # these are in eager's format
+                values = [a for a in node.args if isinstance(a, fx.Node) and a not in given]
+                # What may write to its input, or return it, must not be given a copy that shows.
+                clean = not self.effects.written[node]
+                if not clean and not all(self.effects.unseen(node, a) for a in values):
+                    name = type(self._module(node)).__name__
+                    return f"{name}, which it calls, may change its input or depend on its layout"
+                restored.append((node, values))
+        for node, values in restored:
+            self._restore(node, values)
         if carry:
             self._convert_inputs()
         return None
@@ -95,22 +101,13 @@ class Layouts:
             for n, written in effects.written.items()
         )
 
-    def _restore(self, node: fx.Node, carry: bool) -> str | None:
+    def _restore(self, node: fx.Node, values: list[fx.Node]) -> None:
         """Give the module that ``node`` calls its inputs in eager's format."""
         graph = self.trace.graph
-        values = [
-            a for a in node.args if isinstance(a, fx.Node) and (carry or a not in self.inputs)
-        ]
-        # A module that may write to its input, or return it, must not be given a copy that shows.
-        clean = not self.effects.written[node]
-        if not clean and not all(self.effects.unseen(node, a) for a in values):
-            name = type(self._module(node)).__name__
-            return f"{name}, which it calls, may depend on the memory layout and change its input"
         with graph.inserting_before(node):
             for value in values:
-                restored = graph.call_function(steps.as_eager, (value, self.inputs[0]))
-                node.args = tuple(restored if a is value else a for a in node.args)
-        return None
+                eager = graph.call_function(steps.as_eager, (value, self.inputs[0]))
+                node.args = tuple(eager if a is value else a for a in node.args)
 
     def _convert_inputs(self) -> None:
         graph = self.trace.graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from threading import RLock
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from resnet_fused.fusion.units import (
 from resnet_fused.modules import Site, conv_bn, why_plain
 
 _MAX_CHANGES = 16
+_making = RLock()
 
 
 PlanOf = Callable[[nn.Module], "Plan"]
@@ -36,8 +38,8 @@ class Plan:
 
     Args:
         sites: the fused calls, in order.
-        run: the forward with fused calls, ``run(module, *tensors)``; None if there is nothing to gain.
-            Without sites it only spares fused modules below the conversion of memory formats.
+        run: the forward with fused calls, ``run(module, *tensors)``; None if nothing is to gain.
+            Without sites it spares fused modules below the conversion of memory formats.
         inputs: number of tensors it takes.
         watched: per submodule path, the children and attributes that the plan was made from.
         inlined: submodules that ``run`` does not call though eager does.
@@ -210,8 +212,11 @@ def current_plan(module: Any) -> Plan:
         return plan
     if torch.compiler.is_compiling():
         return Plan(error="the module was changed after fuse()")
-    plan = module._fuse_plan = make_plan(module, plan)
-    return plan
+    with _making:
+        plan = module._fuse_plan
+        if plan.changed(module) is not None:
+            plan = module._fuse_plan = make_plan(module, plan)
+        return plan
 
 
 def plan_now(module: nn.Module) -> Plan:

@@ -33,7 +33,7 @@ INTERNAL = frozenset(_BASE) - {"training", "forward"}
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 CONTAINERS = (list, tuple, set, dict, OrderedDict)
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-OWN = ("_tracer", "_path", "_original")
+OWN = ("_tracer", "_path", "_original", "_before", "_fuse_plan")
 
 
 class Refused(Exception):

@@ -96,7 +96,8 @@ class Tracer(TracerBase):
             stand_in = self.stand_in(self.root, "")
             for it in self.made.values():
                 own = object.__getattribute__(it, "__dict__")
-                own.update(self._containers(own["_original"]))
+                own.update(self._containers(own["_before"]))
+                own["_before"] = {k: freeze(own[k]) for k in own.keys() - INTERNAL - set(OWN)}
             forward = type(stand_in).forward
             names = self._inputs(forward)
             values = [self.create_proxy("placeholder", name, (), {}) for name in names]
@@ -139,6 +140,7 @@ class Tracer(TracerBase):
         own = object.__getattribute__(it, "__dict__")
         own.update(nn.Module().__dict__ if opaque else module.__dict__)
         own.update(_tracer=self, _path=path, _original=module, training=False)
+        own["_before"] = dict(own)
         prefix = path + "." if path else ""
         children = own["_modules"] = Children(
             (name, None if child is None else self.stand_in(child, prefix + name))
@@ -150,8 +152,8 @@ class Tracer(TracerBase):
             tensors.note = lambda name: self.tensor(path, name)
         return it
 
-    def _containers(self, module: nn.Module) -> dict[str, Any]:
-        """Copies of a module's list-like attributes, with stand-ins for the modules in them."""
+    def _containers(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Copies of the list-like attributes, with stand-ins for the modules in them."""
 
         def copy(value: Any) -> Any:
             if type(value) in (dict, OrderedDict):
@@ -162,8 +164,8 @@ class Tracer(TracerBase):
 
         return {
             name: copy(value)
-            for name, value in module.__dict__.items()
-            if name not in INTERNAL and type(value) in CONTAINERS
+            for name, value in attributes.items()
+            if name not in INTERNAL and name not in OWN and type(value) in CONTAINERS
         }
 
     def note_read(self, module: nn.Module, path: str, name: str) -> None:
@@ -223,15 +225,12 @@ class Tracer(TracerBase):
     def _check_unchanged(self) -> None:
         for stand_in in self.made.values():
             own = object.__getattribute__(stand_in, "__dict__")
-            module = own["_original"]
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            before = {**module.__dict__, **self._containers(module), "training": False}
+            before = own["_before"]
             for name in (own.keys() | before.keys()) - INTERNAL - set(OWN):
-                if freeze(own.get(name, MISSING)) != freeze(before.get(name, MISSING)):
+                if name not in own or name not in before or freeze(own[name]) != before[name]:
                     raise Refused(f"its forward sets the attribute {name!r}")
             for kind in ("_parameters", "_buffers", "_modules"):
-                if list(own[kind].keys()) != list(before[kind].keys()):
+                if own[kind].keys() != own["_original"].__dict__.get(kind, own[kind]).keys():
                     raise Refused("its forward adds or removes parameters, buffers or modules")
 
 

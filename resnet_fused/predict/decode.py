@@ -95,6 +95,8 @@ def _bytes_to_tensor(data: bytes) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image  # convert() would copy it
     if image.mode == "F" or image.mode.startswith("I"):
         image = _high_byte(image)
     return image.convert("RGB")

@@ -44,7 +44,10 @@ struct alignas(64) Tiles {
     asm volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() {
+    _mm_sfence();  // streamed outputs become visible to other threads
+    _tile_release();
+  }
 
   // Begin a block with its first k-step, two A tiles of 16 rows each times two B tiles of 1 KB
   // each, and store the block before it. A store behind the last product would wait for it; between
@@ -93,10 +96,11 @@ struct alignas(64) Tiles {
 struct Epilogue {
   __m512 scale[2], shift[2];
   uint32_t mask;
-  bool relu;
+  bool relu, stream;
 
-  inline Epilogue(const float* scale_, const float* shift_, uint32_t mask_, bool relu_)
-      : mask(mask_), relu(relu_) {
+  inline Epilogue(const float* scale_, const float* shift_, uint32_t mask_, bool relu_,
+                  bool stream_)
+      : mask(mask_), relu(relu_), stream(stream_) {
     for (int h = 0; h < 2; ++h) {
       scale[h] = _mm512_loadu_ps(scale_ + 16 * h);
       shift[h] = _mm512_loadu_ps(shift_ + 16 * h);
@@ -119,7 +123,12 @@ struct Epilogue {
       v0 = _mm512_max_ps(_mm512_setzero_ps(), v0);
       v1 = _mm512_max_ps(_mm512_setzero_ps(), v1);
     }
-    _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0)));
+    const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0));
+    if (stream) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), rounded);
+    } else {
+      _mm512_mask_storeu_epi16(out, mask, rounded);
+    }
   }
 };
 
@@ -154,7 +163,7 @@ struct Tiles {
 struct Epilogue {
   const float *scale, *shift;
   uint32_t mask;
-  bool relu;
+  bool relu, stream;
 
   void operator()(const float* c, const uint16_t* residual, uint16_t* out) const {
     for (int n = 0; n < 32; ++n) {

@@ -39,7 +39,7 @@ struct Unfinished {
     if (next >= end) return;
     const int64_t columns = p.K - k < kTileN ? p.K - k : kTileN;
     const uint32_t mask = columns == 32 ? 0xffffffffu : (1u << columns) - 1u;
-    const Epilogue epilogue{p.scale + k, p.shift + k, mask, p.relu};
+    const Epilogue epilogue{p.scale + k, p.shift + k, mask, p.relu, p.stream};
     const int64_t stop = end - next < rows ? end : next + rows;
     while (next < stop) {
       // The rest of this output row, then what lies between it and the next.
