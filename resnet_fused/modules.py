@@ -5,8 +5,7 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,10 +34,12 @@ class Site:
     modules: tuple[str, ...]
     convs: tuple[str, ...]
 
-    @cached_property
-    def paths(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Each name and its parts."""
-        return tuple((name, tuple(name.split("."))) for name in self.modules)
+    # Each name and its parts, split once.
+    paths: tuple[tuple[str, tuple[str, ...]], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        paths = tuple((name, tuple(name.split("."))) for name in self.modules)
+        object.__setattr__(self, "paths", paths)
 
 
 class Fused:

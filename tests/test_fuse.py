@@ -246,3 +246,41 @@ def test_memory_formats() -> None:
     with torch.no_grad():
         plain.to(memory_format=last)
         assert fuse(plain)(x).stride() == plain(x).stride(), "channels_last weights"
+
+
+def test_one_conversion_per_sequence() -> None:
+    """Every block converts to channels_last and back, not just the first and the last."""
+    plain = randomise(nn.Sequential(Basic(3, 4), Basic(4, 4), Basic(4, 4)))
+    fused = fuse(plain)
+    seen: list[bool] = []
+    for block in fused:
+        block.register_forward_pre_hook(
+            lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    x = image()
+    check_like_float64(fused, plain, x)
+    assert seen == [True] * 3
+    kept = x.clone()
+    fused(x)
+    assert torch.equal(x, kept) and x.is_contiguous()
+
+
+class Writes(nn.Module):
+    """Blocks around a module that changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Basic(3, 3), Basic(3, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.c(x))) + x
+
+
+def test_no_conversion_of_an_input_that_is_written() -> None:
+    """An in-place operation changes a converted copy, and the caller's tensor stays as it was."""
+    plain = randomise(Writes())
+    fused = fuse(plain)
+    a, b = image(), image()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(a), plain(b), rtol=1e-4, atol=1e-5)
+    assert torch.equal(a, b) and not torch.equal(a, image())

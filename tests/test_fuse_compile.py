@@ -67,10 +67,11 @@ def test_compile_notices_changes(graphs: Any) -> None:
     """
     plain = randomise(nn.Sequential(Basic(3, 4), Basic(4, 4)))
     fused = fuse(plain)
-    compiled = torch.compile(fused, backend=graphs)
+    compiled = torch.compile(fused, backend=graphs, fullgraph=True)
     x = image()
     with torch.no_grad():
         close(compiled(x), plain(x))
+        assert compiled(x).stride() == plain(x).stride()
         for m in (plain, fused):
             m[0].relu = nn.Sigmoid()
         close(compiled(x), plain(x))

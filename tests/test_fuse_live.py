@@ -294,6 +294,7 @@ class Switch(nn.Module):
         self.a, self.b = ConvNorm(3, 4, 3), ConvNorm(4, 4, 3)
         self.skip, self.order, self.act = False, ["a", "b"], nn.ReLU()
         self.gain = torch.tensor(1.0)
+        self.register_parameter("bias", None)
 
     def last(self, x: Tensor) -> Tensor:
         return self.act(x)
@@ -301,6 +302,8 @@ class Switch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for name in self.order:
             x = getattr(self, name)(x)
+        if self.bias is not None:
+            x = x + self.bias
         return x if self.skip else self.last(x) * self.gain
 
 
@@ -319,6 +322,8 @@ def test_attributes_changed_after_fuse(calls: list[str]) -> None:
         lambda m: setattr(m.a, "act", nn.Identity()),
         lambda m: setattr(m.b, "forward", lambda x: x * 2),
         set_gain,
+        lambda m: setattr(m, "bias", nn.Parameter(torch.ones(1))),
+        lambda m: setattr(m, "bias", None),
         lambda m: setattr(m, "order", ["a"]),
     ]
     plain = randomise(Switch())
@@ -328,6 +333,16 @@ def test_attributes_changed_after_fuse(calls: list[str]) -> None:
             step(m)  # type: ignore[arg-type]
         close(fused(image()), plain(image()))
     assert calls[-1:] == ["conv_bn_act"]
+
+
+def test_class_patched_after_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward put on a class later is not seen by the fused modules of that class."""
+    plain = make()
+    fused = fuse(plain)
+    monkeypatch.setattr(Basic, "forward", lambda self, x: self.relu(self.bn2(self.conv2(x))))
+    close(fused(image()), plain(image()))
+    rows = {r.name: r for r in report(fused)}
+    assert rows["layer1.0.conv2"].pattern == "conv_bn_act" and rows["layer1.0.conv2"].fused
 
 
 def test_attribute_that_keeps_changing(calls: list[str]) -> None:

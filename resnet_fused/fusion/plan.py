@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +32,22 @@ _making = RLock()
 PlanOf = Callable[[nn.Module], "Plan"]
 
 
+class Watch(NamedTuple):
+    """What a plan depends on in one submodule.
+
+    Args:
+        path: the submodule.
+        children: names and classes of its children; None if they do not matter.
+        reads: attributes by name, as they were and as ``freeze`` pictures them.
+        absent: parameters and buffers by kind and name, and whether they are None.
+    """
+
+    path: tuple[str, ...]
+    children: tuple[tuple[str, type], ...] | None
+    reads: tuple[tuple[str, Any, Any], ...] = ()
+    absent: tuple[tuple[str, str, bool], ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How one module runs.
@@ -41,7 +57,7 @@ class Plan:
         run: the forward with fused calls, ``run(module, *tensors)``; None if nothing is to gain.
             Without sites it spares fused modules below the conversion of memory formats.
         inputs: number of tensors it takes.
-        watched: per submodule path, the children and attributes that the plan was made from.
+        watched: per submodule, what the plan was made from.
         inlined: submodules that ``run`` does not call though eager does.
         eval_only: modules whose training flag must be off.
         refused: convolutions that stay plain, with the reason.
@@ -55,7 +71,7 @@ class Plan:
     sites: tuple[Site, ...] = ()
     run: Callable[..., Any] | None = None
     inputs: int = 0
-    watched: tuple[tuple[tuple[str, ...], Any, tuple[tuple[str, Any, Any], ...]], ...] = ()
+    watched: tuple[Watch, ...] = ()
     inlined: tuple[str, ...] = ()
     eval_only: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
@@ -66,7 +82,7 @@ class Plan:
     changes: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        return self  # it names submodules and holds none
+        return self  # a copy differs from the plan no more than the original does
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (forgotten, ())  # generated code is not pickled, it is made again at the next call
@@ -75,7 +91,8 @@ class Plan:
         """What differs from the module that the plan was made for; None if nothing does."""
         if self.forward is not None and original(owner).forward is not self.forward:
             return "the forward of its class was replaced"
-        for path, children, reads in self.watched:  # runs at every call, so it is written for speed
+        # This runs at every call, so it is written for speed.
+        for path, children, reads, absent in self.watched:
             module: Any = owner
             for part in path:
                 module = module._modules.get(part)
@@ -85,15 +102,18 @@ class Plan:
                 now = module._modules
                 if len(now) != len(children):
                     return f"children of '{'.'.join(path)}' were added or removed"
-                for name, kind in children:
+                for name, cls in children:
                     found = type(now.get(name, MISSING))
-                    if found is not kind and getattr(found, "fused_from", None) is not kind:
+                    if found is not cls and getattr(found, "fused_from", None) is not cls:
                         return f"'{'.'.join((*path, name))}' was replaced"
             attributes = module.__dict__
             for name, value, frozen in reads:
                 current = attributes.get(name, MISSING)
                 if current is not value and freeze(current) != frozen:
                     return f"the attribute {name!r} of '{'.'.join(path)}' was changed"
+            for kind, name, none in absent:
+                if (attributes[kind].get(name) is None) is not none:
+                    return f"'{'.'.join((*path, name))}' was set or removed"
         return None
 
     def why_plain(self, owner: nn.Module) -> str | None:
@@ -132,7 +152,7 @@ class Plan:
 
 def forgotten() -> Plan:
     """The plan of an unpickled module: out of date, so that the next call makes a new one."""
-    return Plan(watched=(((), ((MISSING, type(None)),), ()),))
+    return Plan(watched=(Watch((), ((MISSING, type(None)),)),))
 
 
 def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | None = None) -> Plan:
@@ -235,17 +255,17 @@ def _read(module: nn.Module) -> Trace | str:
         return str(refused)
 
 
-def _watch_kinds(module: nn.Module) -> tuple[Any, ...]:
+def _watch_kinds(module: nn.Module) -> tuple[Watch, ...]:
     """For a forward that could not be read: try again when a child or attribute has changed."""
     reads = tuple(
         (name, value, freeze(value))
         for name, value in module.__dict__.items()
         if type(value) in (bool, int, str) and name != "training"
     )
-    return (((), kinds(module), reads),)
+    return (Watch((), kinds(module), reads),)
 
 
-def _watched(module: nn.Module, trace: Trace) -> tuple[Any, ...]:
+def _watched(module: nn.Module, trace: Trace) -> tuple[Watch, ...]:
     def entry(attributes: dict[str, Any], name: str, frozen: Any) -> tuple[str, Any, Any]:
         # A value that compares by identity at once; what is inside a container may change unseen.
         value = attributes.get(name, MISSING)
@@ -253,14 +273,17 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Any, ...]:
         return (name, frozen if by_content else value, frozen)
 
     result = []
-    for path in dict.fromkeys([*trace.children, *(path for path, _ in trace.reads)]):
+    keys = (*trace.reads, *trace.absent)
+    for path in dict.fromkeys([*trace.children, *(key[0] for key in keys)]):
         attributes = child(module, path).__dict__
         reads = tuple(
             entry(attributes, name, frozen)
             for (where, name), frozen in trace.reads.items()
             if where == path
         )
-        result.append((tuple(path.split(".")) if path else (), trace.children.get(path), reads))
+        absent = tuple((*key[1:], none) for key, none in trace.absent.items() if key[0] == path)
+        parts = tuple(path.split(".")) if path else ()
+        result.append(Watch(parts, trace.children.get(path), reads, absent))  # type: ignore[arg-type]
     return tuple(result)
 
 

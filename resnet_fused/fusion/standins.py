@@ -146,10 +146,10 @@ class Children(dict[str, Any]):
 class Tensors(dict[str, Any]):
     """The ``_parameters`` or ``_buffers`` of a stand-in: symbolic values, made when asked for."""
 
-    note: Callable[[str], Any]
+    note: Callable[[str, bool], Any]
 
     def __getitem__(self, name: str) -> Any:
-        return None if super().__getitem__(name) is None else self.note(name)
+        return self.note(name, super().__getitem__(name) is None)
 
 
 class _StandIn:

@@ -11,6 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -42,6 +43,7 @@ class Trace:
         inputs: number of tensors the forward takes.
         children: names and classes of the children of every submodule looked into.
         reads: attributes read, by submodule path and name.
+        absent: parameters and buffers read, by path, kind and name, and whether they are None.
         inlined: submodules whose own forward was read into the graph.
         eval_only: paths of modules whose training flag was read, as if it were off.
     """
@@ -51,6 +53,7 @@ class Trace:
     inputs: int = 0
     children: dict[str, tuple[tuple[str, type], ...]] = field(default_factory=dict)
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
+    absent: dict[tuple[str, str, str], bool] = field(default_factory=dict)
     inlined: dict[str, nn.Module] = field(default_factory=dict)
     eval_only: dict[str, None] = field(default_factory=dict)
 
@@ -149,7 +152,7 @@ class Tracer(TracerBase):
         children.note = lambda: self._note_children(module, path)
         for kind in ("_parameters", "_buffers"):
             tensors = own[kind] = Tensors(own[kind])
-            tensors.note = lambda name: self.tensor(path, name)
+            tensors.note = partial(self._note_tensor, path, kind)
         return it
 
     def _containers(self, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -181,6 +184,10 @@ class Tracer(TracerBase):
     def _note_children(self, module: nn.Module, path: str) -> None:
         if path not in self.trace.children:
             self.trace.children[path] = kinds(module)
+
+    def _note_tensor(self, path: str, kind: str, name: str, absent: bool) -> Any:
+        self.trace.absent[path, kind, name] = absent
+        return None if absent else self.tensor(path, name)
 
     def tensor(self, path: str, name: str) -> Any:
         """The symbolic value of a parameter, buffer or tensor attribute."""

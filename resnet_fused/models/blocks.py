@@ -43,7 +43,7 @@ class Block(Fused, nn.Module):
         down = self.downsample
         if type(down) is nn.Sequential and len(down) != 2:
             return None
-        return sites.in_place(self, self._sites[down is not None])
+        return sites.in_place(self, self._sites[int(down is not None)])
 
     def fused_sites(self) -> tuple[Site, ...]:
         """The block as one call."""
