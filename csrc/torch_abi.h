@@ -33,7 +33,6 @@ AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle orig_handle,
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
-AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle tensor, int64_t* ret_storage_offset);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret_device_type);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret_device_index);
@@ -227,17 +226,21 @@ inline Sizes channels_last_strides(const Sizes& s) {
   return {h * at_least_1(s[2]), 1, h, w};
 }
 
+// A view of t: other sizes and strides, beginning `skip` elements after t's first.
+inline Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t skip) {
+  AtenTensorHandle h = nullptr;
+  // The C function's storage_offset is added to t's own.
+  check_torch(aoti_torch__reinterpret_tensor(t.handle(), static_cast<int64_t>(sizes.size()),
+                                             sizes.data(), strides.data(), skip, &h),
+              "view");
+  return Tensor(h);
+}
+
 // Images [first, first + count) of a dense NHWC tensor, sharing its memory.
 inline Tensor images(const Tensor& t, int64_t first, int64_t count) {
   Sizes sizes = t.shape();
   sizes[0] = count;
-  int64_t offset = 0;
-  check_torch(aoti_torch_get_storage_offset(t.handle(), &offset), "storage offset");
-  AtenTensorHandle h = nullptr;
-  check_torch(aoti_torch__reinterpret_tensor(t.handle(), 4, sizes.data(), t.strides(),
-                                             offset + first * t.stride(0), &h),
-              "slicing");
-  return Tensor(h);
+  return view(t, sizes, Sizes(t.strides(), t.strides() + 4), first * t.stride(0));
 }
 
 // Call f(begin, end) on torch's intra-op threads; f must not throw.

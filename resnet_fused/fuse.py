@@ -58,7 +58,7 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)  # tools look at the parameters
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and not _wants_torch_ops():
+        if not _wants_torch_ops():
             plan = current_plan(self)
             if plan.takes(args, kwargs) and plan.why_plain(self) is None:
                 y = plan.run(self, *args)  # type: ignore[misc]

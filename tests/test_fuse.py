@@ -217,6 +217,36 @@ def test_own_models_are_left_as_they_are() -> None:
     assert all(r.fused for r in report(model.eval()))
 
 
+def test_own_block_with_another_forward() -> None:
+    """A forward written over an own block's is taken for the own block's."""
+    from resnet_fused.models import BasicBlock
+
+    class Mine(BasicBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.bn1(self.conv1(x)))
+
+    plain = randomise(Mine(3, 3))
+    fused = fuse(plain)
+    assert [(r.name, r.pattern, r.fused) for r in report(fused)] == [
+        ("conv1", "conv_bn_act", True),
+        ("conv2", "", False),
+    ]
+    check_like_float64(fused, plain, image())
+
+
+def test_sites() -> None:
+    """fused_sites() forgets a submodule, or its order is not that of execution."""
+    fused: Any = fuse(randomise(Net(Basic(8, 8), Basic(8, 16, 2))))
+    assert [(s.pattern, s.modules, s.convs) for s in fused.fused_sites()] == [
+        ("stem", ("conv1", "bn1", "relu", "maxpool"), ("conv1",)),
+        ("pool_linear", ("avgpool", "fc"), ()),
+    ]
+    (site,) = fused.layer1[1].fused_sites()
+    own = ("conv1", "bn1", "relu", "conv2", "bn2")
+    assert site.modules == (*own, "downsample", "downsample.0", "downsample.1")
+    assert site.convs == ("conv1", "conv2", "downsample.0")
+
+
 def test_wrong_argument() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         fuse("resnet50")  # type: ignore[arg-type]

@@ -198,6 +198,31 @@ def test_one_batchnorm_in_train_mode(calls: list[str]) -> None:
     assert not row.fused and row.reason == "'bn1' is in training mode"
 
 
+class ReadsMode(nn.Module):
+    """Its forward asks for its own mode, which differs from its children's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return y * 2 if self.training else y.relu()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_mode_of_the_module_alone(nested: bool, calls: list[str]) -> None:
+    """The plan for eval mode runs in train mode, because every child is in eval mode."""
+    plain = randomise(nn.Sequential(ReadsMode(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    fused = fuse(plain)
+    for mode in (True, False, True):
+        for m in (plain, fused):
+            (m[0] if nested else m).training = mode
+        close(fused(image()), plain(image()))
+    if nested:
+        assert calls == ["conv_bn_act"] * 2  # once, in eval mode
+
+
 def test_helper_in_train_mode_again_and_again(calls: list[str]) -> None:
     """A mode counts as a change of the module, and after a few calls the module is given up."""
     fused = fuse(make())

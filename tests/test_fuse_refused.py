@@ -247,6 +247,12 @@ def test_broadcast_and_promoted_residual() -> None:
     model.scale.data = model.scale.data.float()
     assert fuse(model)(image(c=C).bfloat16()).dtype == torch.float32
 
+    def promoted(m: One, x: Tensor) -> Tensor:
+        return m.relu(m.bn(m.conv(x)) + x.double())
+
+    fused = fuse(randomise(One(promoted)))
+    assert report(fused)[0].fused and fused(image(c=C)).dtype == torch.float64
+
 
 def test_input_shapes_and_types_that_eager_takes() -> None:
     """A call that was not the one traced goes to the plan."""

@@ -20,14 +20,8 @@ bool is_channels_last(const Tensor& t) {
 Tensor to_channels_last(const Tensor& x) {
   if (is_channels_last(x)) {
     // Strides of size-1 dimensions are free; give them the usual values.
-    const Sizes sizes = x.shape(), strides = channels_last_strides(sizes);
-    int64_t offset = 0;
-    check_torch(aoti_torch_get_storage_offset(x.handle(), &offset), "storage offset");
-    AtenTensorHandle h = nullptr;
-    check_torch(
-        aoti_torch__reinterpret_tensor(x.handle(), 4, sizes.data(), strides.data(), offset, &h),
-        "view");
-    return Tensor(h);
+    const Sizes sizes = x.shape();
+    return view(x, sizes, channels_last_strides(sizes), 0);
   }
   Tensor copy = empty_channels_last(x.shape(), dtype_of(x), x);
   check_torch(aoti_torch_copy_(copy.handle(), x.handle(), 0), "layout conversion");

@@ -283,7 +283,7 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Watch, ...]:
         )
         absent = tuple((*key[1:], none) for key, none in trace.absent.items() if key[0] == path)
         parts = tuple(path.split(".")) if path else ()
-        result.append(Watch(parts, trace.children.get(path), reads, absent))  # type: ignore[arg-type]
+        result.append(Watch(parts, trace.children.get(path), reads, absent))
     return tuple(result)
 
 

@@ -43,6 +43,13 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
 
 
+def _second_half(t: Tensor) -> Tensor:
+    """Dense channels_last behind other images: nothing but the storage offset is unusual."""
+    big = torch.full((t.shape[0] + 2, *t.shape[1:]), float("nan"), dtype=t.dtype)
+    big = _channels_last(big)
+    return _like(t, big[2:])
+
+
 VIEWS: dict[str, Viewer] = {
     "channels_last": _channels_last,
     "contiguous": lambda t: t.contiguous(),
@@ -50,6 +57,7 @@ VIEWS: dict[str, Viewer] = {
     "stepped": _stepped,
     "transposed": _transposed,
     "offset": _offset,
+    "second half": _second_half,
 }
 
 
