@@ -35,7 +35,7 @@ def test_eight_threads_give_the_bits_of_one(dtype: torch.dtype) -> None:
 
 
 def test_memory_stays_flat() -> None:
-    """Breaks on a leak per call: hundreds of forwards of changing sizes, then errors, within 24 MB."""
+    """Breaks on a leak per call: forwards of changing sizes, then errors, within 24 MB."""
     model = resnet_fused.resnet18().eval().bfloat16()
     images = [torch.randn(1, 3, 33 + 8 * i, 47, dtype=torch.bfloat16) for i in range(4)]
     conv = resnet_fused.ConvBN(torch.ones(4, 8, 1, 1))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fuse() on modules that are not what their class says: pruned, parametrised, overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import fuse_zoo
+from fuse_zoo import Basic, Net, image, randomise
+from resnet_fused.fuse import fuse
+from resnet_fused.report import report
+from test_fuse_refused import C, One, check, straight
+
+one_thread = fuse_zoo.one_thread
+
+
+def pruned() -> nn.Module:
+    m = One(straight)
+    prune.l1_unstructured(m.conv, "weight", 0.5)
+    return m
+
+
+def parametrised() -> nn.Module:
+    m = One(straight)
+    parametrizations.weight_norm(m.conv)
+    return m
+
+
+def old_weight_norm() -> nn.Module:
+    m = One(straight)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(m.conv)
+    return m
+
+
+class MyConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class MyNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class MyBlock(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+def patched() -> nn.Module:
+    m = One(straight)
+    m.conv.forward = lambda x: x * 2  # type: ignore[method-assign]
+    return m
+
+
+CHANGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "pruned": (pruned, "its weight is computed from other tensors"),
+    "parametrised": (parametrised, "ParametrizedConv2d is not fused"),
+    "weight_norm": (old_weight_norm, "its weight is computed from other tensors"),
+    "subclass of conv": (lambda: One(straight, conv=MyConv(C, C, 3)), "MyConv is not fused"),
+    "subclass of norm": (lambda: One(straight, bn=MyNorm(C)), "'bn': MyNorm is not fused"),
+    "patched forward": (patched, "its forward is replaced"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:nothing in")
+@pytest.mark.parametrize("name", CHANGED)
+def test_changed_modules(name: str) -> None:
+    """A convolution or BatchNorm that computes its own thing is taken for the ordinary one."""
+    make, reason = CHANGED[name]
+    model = randomise(make())
+    fused = fuse(model, inplace=True)
+    (row,) = report(fused)
+    assert not row.fused and reason in row.reason, row
+
+
+def test_block_with_another_forward() -> None:
+    """A subclass's forward is replaced by its base's; its inherited code is still fused."""
+    rows = check(MyBlock(C, C))
+    assert all(r.fused and r.pattern == "basic_block" for r in rows)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_modules_are_listed() -> None:
+    """An INT8 convolution is missing from the report, or taken for a float one."""
+    q = torch.ao.nn.quantized.Conv2d(C, C, 1)
+    rows = report(nn.Sequential(q, nn.ReLU()))
+    assert [(r.name, r.fused) for r in rows] == [("0", False)] and "Conv2d" in rows[0].reason
+
+
+def test_instance_forward_is_kept() -> None:
+    """A forward put on an instance is lost."""
+    model = randomise(Net(Basic(8, 8), width=8))
+    model.layer1[0].forward = lambda x: x * 0  # type: ignore[method-assign]
+    fused = fuse(model, inplace=True)
+    rows = {r.name: r for r in report(fused)}
+    assert rows["conv1"].fused
+    assert (
+        "'layer1.0' (Basic): its forward is replaced on the instance"
+        in rows["layer1.0.conv1"].reason
+    )
+    with torch.no_grad():
+        assert torch.equal(fused(image()), fused(image(seed=5)))
