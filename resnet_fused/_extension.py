@@ -88,13 +88,15 @@ def amx() -> bool:
 
 
 # Packed weights live in the library, keyed by the address of the weight they were made from. When
-# that weight dies they must go too, or a long-running process would collect those of dead models.
+# that memory dies they must go too, or a long-running process would collect those of dead models.
+# The storage is watched, not the tensor: a parameter gets new storage by `.half()` and the like,
+# and torch.utils.swap_tensors refuses tensors that someone watches.
 _seen = 0
 _watched: set[int] = set()
 
 
-def _forget(identity: int, address: int) -> None:
-    _watched.discard(identity)
+def _forget(address: int) -> None:
+    _watched.discard(address)
     if _library is not None:
         _library.resnet_fused_pack_drop(address)
 
@@ -106,6 +108,6 @@ def watch(*weights: Tensor | None) -> None:
         return
     _seen = count
     for weight in weights:
-        if weight is not None and id(weight) not in _watched:
-            _watched.add(id(weight))
-            weakref.finalize(weight, _forget, id(weight), weight.data_ptr()).atexit = False
+        if weight is not None and (address := weight.data_ptr()) not in _watched:
+            _watched.add(address)
+            weakref.finalize(weight.untyped_storage(), _forget, address).atexit = False

@@ -17,6 +17,7 @@ from resnet_fused.ops.conv_bn import ConvBN
 # Frozen variants hold buffers of the same names and behave as BatchNorm in eval mode; each library
 # has its own.
 FROZEN = ("FrozenBatchNorm2d",)
+STATISTICS = {"weight", "bias", "running_mean", "running_var"}
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,13 @@ def why_not_fusible(module: nn.Module) -> str | None:
         return (
             None if "weight" in module._parameters else "its weight is computed from other tensors"
         )
-    if kind in PLAIN or kind.__name__ in FROZEN:
+    if kind in PLAIN:
         return None
+    if kind.__name__ in FROZEN:
+        fits = isinstance(getattr(module, "eps", None), float) and set(
+            module._buffers
+        ) >= STATISTICS
+        return None if fits else f"{kind.__name__} without eps and the four usual buffers"
     return f"{kind.__name__} is not fused"
 
 

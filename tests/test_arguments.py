@@ -167,6 +167,24 @@ def test_wrong_arguments() -> None:
             assert re.search(pattern, message), f"{backend}, {what}: {message}"
 
 
+def test_geometry_beyond_any_network(force_path: Any) -> None:
+    """Breaks where huge strides, paddings or dilations make scratch memory explode."""
+    x, w = torch.randn(1, 16, 8, 8).bfloat16(), torch.randn(16, 16, 3, 3).bfloat16()
+    geometries = (
+        {"stride": (2**20, 2**20), "padding": (1, 1)},
+        {"stride": (50, 40), "dilation": (45, 33), "padding": (90, 70)},
+        {"stride": (33, 1), "padding": (33, 0)},
+    )
+    for geometry in geometries:
+        conv = ConvBN(w, **geometry)
+        for path in ("auto", "onednn", "portable"):
+            with force_path(path):
+                got = ops.conv_bn_act(x, conv, relu=False)
+            with resnet_fused.backend("reference"):
+                want = ops.conv_bn_act(x, conv, relu=False)
+            torch.testing.assert_close(got, want, rtol=0.02, atol=0.1)
+
+
 def test_right_arguments_are_accepted() -> None:
     """The calls above are wrong in one thing only: without it they work."""
     assert ops.conv_bn_act(X, CONV).shape == (1, 4, 5, 5)

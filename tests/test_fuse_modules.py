@@ -107,3 +107,21 @@ def test_instance_forward_is_kept() -> None:
     )
     with torch.no_grad():
         assert torch.equal(fused(image()), fused(image(seed=5)))
+
+
+def test_frozen_batchnorm_of_another_kind() -> None:
+    """One whose eps is a constant of its forward is left alone, not guessed."""
+
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.rand(C) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.weight * (self.running_var + 1e-5).rsqrt()
+            return x * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+    model = One(straight, bn=FrozenBatchNorm2d())
+    (row,) = check(model, image(c=C))
+    assert not row.fused

@@ -96,6 +96,26 @@ def test_packings_die_with_their_weights() -> None:
         assert library.resnet_fused_pack_bytes() == before
 
 
+def test_packings_die_with_the_storage_of_a_parameter() -> None:
+    """Breaks if a model that changes its dtype keeps the packings of the memory it left."""
+    library = _extension._library
+    assert library is not None
+    gc.collect()
+    before = library.resnet_fused_pack_bytes()
+    model = resnet_fused.resnet18().eval()
+    x = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        model(x)
+        full = library.resnet_fused_pack_bytes()
+        model.bfloat16()(x.bfloat16())
+        assert library.resnet_fused_pack_bytes() - before < 0.6 * (full - before)
+        # Refuses tensors that someone holds weak references to.
+        torch.utils.swap_tensors(model.conv1.weight, torch.nn.Parameter(model.conv1.weight * 2))
+    del model
+    gc.collect()
+    assert library.resnet_fused_pack_bytes() == before
+
+
 def test_new_sizes_do_not_pack_each_time(force_path: Any) -> None:
     """Breaks if images of ever new sizes pay for packing, or fill the memory with layouts."""
     library = _extension._library

@@ -12,16 +12,26 @@ namespace resnet_fused {
 
 enum class ConvPath { tiles, onednn, onednn_f32 };
 
-// The way of one convolution.
-// * bf16 goes to the tile kernels where there are any, except grouped convolutions and those with
-// fewer channels than
-//   half a k-step, whose padding would cost more than the kernel gains.
-// * fp16: BatchNorm folded into weights leaves fp16's range or precision for ordinary statistics,
-// so fp32.
-// * oneDNN in bf16 with kernel > 1, stride > 1 and an output one pixel wide: its AMX kernel (3.12)
-// reads uninitialised
-//   memory (1,002 of 1,818 such shapes are wrong, none of 6,012 others; pytorch/pytorch#169688 is
-//   the 3-d case): fp32.
+// True if planes (below) stay within a few times the image. Strides, paddings and dilations beyond
+// those of any network are left to oneDNN.
+constexpr bool planes_fit(const int64_t stride[2], const int64_t padding[2],
+                          const int64_t dilation[2]) {
+  constexpr int64_t kMost = 32;
+  return std::max(stride[0], stride[1]) <= kMost && std::max(padding[0], padding[1]) <= kMost &&
+         std::max(dilation[0], dilation[1]) <= kMost;
+}
+
+// The way of one convolution; `tiles` says whether the tile kernels can take it at all.
+//
+// bf16 goes to the tile kernels, except grouped convolutions and those with fewer channels than
+// half a k-step, whose padding would cost more than the kernel gains.
+//
+// fp16 goes through fp32: BatchNorm folded into weights leaves fp16's range or precision for
+// ordinary statistics.
+//
+// So does oneDNN in bf16 with kernel > 1, stride > 1 and an output one pixel wide: its AMX kernel
+// (3.12) reads uninitialised memory. 1,002 of 1,818 such shapes are wrong, none of 6,012 others;
+// pytorch/pytorch#169688 is the 3-d case.
 constexpr ConvPath conv_path(DType dtype, int64_t channels_per_group, int64_t groups, int64_t R,
                              int64_t S, const int64_t stride[2], int64_t out_w, bool tiles) {
   if (dtype == DType::f16) return ConvPath::onednn_f32;

@@ -41,10 +41,13 @@ Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv,
 }
 
 Form form_of(const Conv& conv, const Sizes& out, DType dtype) {
-  const ConvPath path = conv_path(dtype, conv.weight.size(1), conv.groups, conv.weight.size(2),
-                                  conv.weight.size(3), conv.stride, out[3], tiles_available());
+  const bool tiles = tiles_available() && planes_fit(conv.stride, conv.padding, conv.dilation);
+  const Tensor& w = conv.weight;
+  const ConvPath path =
+      conv_path(dtype, w.size(1), conv.groups, w.size(2), w.size(3), conv.stride, out[3], tiles);
   if (path == ConvPath::tiles) return Form::tiles;
-  return path == ConvPath::onednn_f32 || dtype == DType::f32 ? Form::folded_f32 : Form::folded_bf16;
+  const bool wide = path == ConvPath::onednn_f32 || dtype == DType::f32;
+  return wide ? Form::folded_f32 : Form::folded_bf16;
 }
 
 }  // namespace
