@@ -25,6 +25,9 @@ void act_cpu(const ActParams& p, int64_t begin, int64_t end);
 // out[i] = in[i] for i in [begin, end); exact.
 void widen_cpu(const void* in, DType in_dtype, float* out, int64_t begin, int64_t end);
 
+// y[i] += other[i].
+void add_cpu(float* y, const float* other, int64_t n);
+
 // False if one of the n elements is NaN or infinite.
 bool all_finite_cpu(const void* in, DType dtype, int64_t n);
 

@@ -75,13 +75,22 @@ Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu
   }
   std::shared_ptr<const Packed> packed = packed_;
   bool wide = form_ == Form::folded_f32 && dtype != DType::f32;
-  if (!wide && leaks_nan(dtype, conv_.weight.size(1)) && !all_finite(x)) {
+  // oneDNN of torch before 2.13 cannot add to an output of one pixel.
+  const bool add_apart = residual.defined() && out_[2] * out_[3] == 1;
+  const bool spread = !wide && leaks_nan(dtype, conv_.weight.size(1)) && !all_finite(x);
+  if (spread || (add_apart && dtype != DType::f32)) {
     packed = pack(conv_, in_, Form::folded_f32);
     wide = true;
   }
-  Tensor y =
-      wide ? onednn_conv(widen(x), *packed, conv_, residual.defined() ? widen(residual) : Tensor())
-           : onednn_conv(x, *packed, conv_, residual);
+  const Tensor input = wide ? widen(x) : x.share();
+  Tensor other;
+  if (residual.defined()) other = wide ? widen(residual) : residual.share();
+  const Tensor none;
+  Tensor y = onednn_conv(input, *packed, conv_, add_apart ? none : other);
+  if (add_apart) {
+    add_cpu(static_cast<float*>(y.mutable_data()), static_cast<const float*>(other.data()),
+            y.numel());
+  }
   if (!out.defined()) {
     if (!wide && !relu) return y;
     out = wide ? empty_channels_last(y.shape(), dtype, x) : y.share();

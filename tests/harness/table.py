@@ -109,6 +109,8 @@ _S2 = {"stride": (2, 2)}
 CONV_CASES = (
     _conv_case(2, 64, 64, (7, 7), 1, "one k-step pair, rows not a multiple of 32", residual=True),
     _conv_case(1, 32, 32, (1, 1), 1, "one pixel: fewer rows than a tile"),
+    _conv_case(2, 3, 4, (1, 1), 3, "one pixel and a residual: torch 2.10", residual=True),
+    _conv_case(2, 64, 32, (2, 2), 3, "output of one pixel, residual", **_S2, residual=True),
     _conv_case(3, 32, 96, (2, 3), 3, "maps smaller than the window", bias=True),
     _conv_case(1, 64, 32, (31, 33), 3, "tile plus and minus one", relu=False),
     _conv_case(2, 48, 40, (9, 5), 3, "half a k-step and a quarter block left over", residual=True),

@@ -45,6 +45,10 @@ RESNET_FUSED_CLONES void widen_f16(const uint16_t* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = f16_to_float(in[i]);
 }
 
+RESNET_FUSED_CLONES void add_f32(float* y, const float* other, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += other[i];
+}
+
 // The largest magnitude as an integer: above every finite number's if and only if one is NaN or
 // infinite.
 RESNET_FUSED_CLONES uint32_t max_bits_32(const uint32_t* in, int64_t n) {
@@ -97,6 +101,8 @@ void widen_cpu(const void* in, DType in_dtype, float* out, int64_t begin, int64_
   in_dtype == DType::bf16 ? widen_bf16(from, out + begin, end - begin)
                           : widen_f16(from, out + begin, end - begin);
 }
+
+void add_cpu(float* y, const float* other, int64_t n) { add_f32(y, other, n); }
 
 bool all_finite_cpu(const void* in, DType dtype, int64_t n) {
   if (dtype == DType::f32) return max_bits_32(static_cast<const uint32_t*>(in), n) < 0x7f800000u;
