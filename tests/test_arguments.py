@@ -156,9 +156,12 @@ def test_wrong_arguments() -> None:
     for backend in ("auto", "reference"):
         code = (
             f"import sys; sys.path.insert(0, {HERE!r}); import json, resnet_fused, test_arguments\n"
+            f"assert resnet_fused.info()['library']\n"
             f"with resnet_fused.backend({backend!r}): print(json.dumps(test_arguments.outcomes()))"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        # Not from the repository root, whose source tree would hide the installed package.
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
         assert done.returncode == 0, f"{backend}: exit {done.returncode} {done.stderr[-800:]}"
         for (what, kind, message), (_, _, pattern) in zip(
             json.loads(done.stdout), WRONG, strict=True

@@ -52,7 +52,9 @@ ctypes.string_at(t.data_ptr() + ({end} and 20 or -1), 1)
 
 def run(code: str, **values: object) -> subprocess.CompletedProcess[str]:
     program = code.format(here=HERE, **values)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # Not from the repository root, whose source tree would hide the installed package.
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE)
 
 
 def test_every_op_stays_inside_its_arguments() -> None:

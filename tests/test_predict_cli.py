@@ -27,6 +27,9 @@ CLASSES = 7
 COLUMNS = ["filename", "index", "label", "prob", "rank", "error"]
 SMALL = ["--model", "resnet18", "--resize", "40", "--crop", "33"]
 
+# Not the repository root, whose source tree would hide the installed package.
+HERE = Path(__file__).parent
+
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -72,7 +75,7 @@ def test_predict_in_a_shell(photos: Path, weights: str) -> None:
     """Breaks if anything but CSV reaches stdout, a bad file stops the others, or the exit code
     hides that some failed."""
     command = program("predict", str(photos), "--weights", weights, "--top", "2", *SMALL)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=HERE)
     assert done.returncode == 2, done.stderr
     found = rows(done.stdout)
     assert [r["filename"] for r in found if r["rank"] != "2"] == sorted(map(str, photos.iterdir()))
@@ -307,6 +310,9 @@ def test_ctrl_c(weights: str, tmp_path: Path) -> None:
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=HERE,
+        # A shell's background jobs ignore interrupts, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -328,6 +334,7 @@ def test_reader_of_stdout_that_goes_away(photos: Path, weights: str, tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=HERE,
     )
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().rstrip("\n").split(",") == COLUMNS
@@ -378,7 +385,8 @@ def test_help_loads_no_image_library() -> None:
         "loaded = {'PIL.Image', 'resnet_fused.cli.predict'} & set(sys.modules)\n"
         "sys.exit(f'imported {loaded}' if loaded else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=HERE)
     assert done.returncode == 0, done.stderr
 
 
