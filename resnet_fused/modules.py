@@ -125,9 +125,9 @@ def why_not_fusible(module: nn.Module) -> str | None:
     if kind in PLAIN:
         return None
     if kind.__name__ in FROZEN:
-        fits = isinstance(getattr(module, "eps", None), float) and set(
-            module._buffers
-        ) >= STATISTICS
+        fits = (
+            isinstance(getattr(module, "eps", None), float) and set(module._buffers) >= STATISTICS
+        )
         return None if fits else f"{kind.__name__} without eps and the four usual buffers"
     return f"{kind.__name__} is not fused"
 
