@@ -27,6 +27,9 @@ long piece(long n, long bytes, long threads) { return images_per_piece(n, bytes,
 long chunk(long rows, long row_bytes, long bytes, long threads) {
   return rows_per_chunk(rows, row_bytes, bytes, threads);
 }
+int cover(long in, long out, long window, long stride, long padding, long dilation) {
+  return windows_cover(in, out, window, stride, padding, dilation);
+}
 // Fills out[0..5] with phases, lines, width, pitch and pixels.
 void planes(long H, long W, long P, long Q, long R, long S, const int64_t* g, int64_t* out) {
   const Planes p = plan_planes(H, W, P, Q, R, S, g, g + 2, g + 4);
@@ -50,7 +53,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run([*command, str(folder / "plan.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.conv_path_of.argtypes = [ctypes.c_int, *[ctypes.c_long] * 7, ctypes.c_int]
-    for name, count in (("piece", 3), ("chunk", 4)):
+    for name, count in (("piece", 3), ("chunk", 4), ("cover", 6)):
         function = getattr(loaded, name)
         function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * count
     return loaded
@@ -128,3 +131,23 @@ def test_planes_hold_every_tap_of_every_output(plan: ctypes.CDLL) -> None:
             for i in range(width - pitch):
                 first, last = i * sw + f - pw, (width - 1 - i) * sw + f - pw
                 assert not 0 <= first < w and not 0 <= last < w, "a line's ends are shared: padding"
+
+
+def test_windows_that_leave_nothing_out(plan: ctypes.CDLL) -> None:
+    """Breaks if a row that no window reads is said to be read: it may hold the only NaN."""
+    said = {True: 0, False: 0}
+    for size, window, stride, padding, dilation in itertools.product(
+        range(1, 9), range(1, 5), range(1, 5), range(4), range(1, 3)
+    ):
+        count = (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
+        if count < 1:
+            continue
+        read = {
+            p * stride + r * dilation - padding for p in range(count) for r in range(window)
+        } >= set(range(size))
+        got = bool(plan.cover(size, count, window, stride, padding, dilation))
+        assert read or not got, (size, window, stride, padding, dilation)
+        if dilation == 1 and window >= stride:
+            assert got == read, (size, window, stride, padding)
+        said[got] += 1
+    assert min(said.values()) > 100

@@ -83,6 +83,63 @@ def test_residual(dtype: torch.dtype, path: str, force_path: Any) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("special", [NAN, INF, -INF])
+@pytest.mark.parametrize("at", [(0, 0), (2, 3), (5, 5)])
+def test_block_in_float32(at: tuple[int, int], special: float, path: str, force_path: Any) -> None:
+    """Breaks if a library's ReLU, which turns NaN into 0, runs where a sum may be NaN."""
+    s = Source(torch.float32)
+    x = s.image(2, 16, 6, 6)
+    x[1, 5, at[0], at[1]] = special
+    same = {"basic": (s.conv(16, 16, 3), s.conv(16, 16, 3))}
+    # Reads every second pixel, and pads the result back to 6 x 6: the others are in the shortcut
+    # alone.
+    same["skips"] = (s.conv(16, 8, 1, stride=(2, 2)), s.conv(8, 16, 2, padding=(2, 2)))
+    for name, convs in same.items():
+        with resnet_fused.backend("reference"):
+            want = resnet_fused.basic_block(x, *convs)
+        with force_path(path):
+            got = resnet_fused.basic_block(x, *convs)
+        assert torch.equal(got.isnan(), want.isnan()) and want.isnan().sum() != want.numel(), name
+        assert torch.equal(got.isinf(), want.isinf()), name
+    convs = s.conv(16, 8), s.conv(8, 8, 3), s.conv(8, 16)
+    for down in (None, s.conv(16, 16)):
+        with resnet_fused.backend("reference"):
+            want = resnet_fused.bottleneck(x, *convs, down)
+        with force_path(path):
+            got = resnet_fused.bottleneck(x, *convs, down)
+        assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_overflow_inside_a_block(where: int, path: str, force_path: Any) -> None:
+    """Breaks if finite inputs are taken as proof that no sum is infinity less infinity."""
+    s = Source(torch.float32)
+    x = s.image(1, 16, 5, 5).abs() + 1.0
+
+    def conv(**rows: float) -> ConvBN:
+        """Outputs 1 but for some channels, whose weights are all the same."""
+        weight, bias = torch.zeros(16, 16, 1, 1), torch.ones(16)
+        for row, value in rows.items():
+            weight[int(row[1:])], bias[int(row[1:])] = value, 0.0
+        return ConvBN(weight, bias)
+
+    overflows, cancels = conv(k3=3e38, k4=3e38), conv()
+    cancels.weight[5, 3], cancels.weight[5, 4] = 1.0, -1.0
+    if where < 2:  # the first or the second convolution's output is infinite in two channels
+        args = [conv(k0=1.0), conv(k0=1.0), cancels, None]
+        args[where : where + 2] = [overflows, cancels]
+    else:  # the last one's less than the projection's
+        args = [conv(k0=1.0), conv(k0=1.0), conv(k5=-3e38), conv(k5=3e38)]
+    with resnet_fused.backend("reference"):
+        want = resnet_fused.bottleneck(x, *args)
+    assert want.isnan().any()
+    with force_path(path):
+        got = resnet_fused.bottleneck(x, *args)
+    assert torch.equal(got.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variance", [1e-12, 1.0, 1e5])
 @pytest.mark.parametrize("gamma", [0.0, -1.0, 1e3])

@@ -31,6 +31,12 @@ void add_cpu(float* y, const float* other, int64_t n);
 // False if one of the n elements is NaN or infinite.
 bool all_finite_cpu(const void* in, DType dtype, int64_t n);
 
+// y[i] = max(y[i], 0), NaN kept; returns the largest magnitude before, infinite or NaN if one was.
+float relu_max_abs_cpu(float* y, int64_t n);
+
+// The largest magnitude of n elements; infinite or NaN if one of them is.
+float max_abs_cpu(const float* in, int64_t n);
+
 // BatchNorm of K channels behind a convolution; every pointer but scale and shift may be null: 1
 // for bn_weight, 0 for bias, bn_bias and mean, and no normalisation for var.
 struct FoldParams {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "conv.h"
 
+#include "../kernels/conv_bn_act.h"
 #include "conv_plan.h"
 #include "conv_runner.h"
 
@@ -13,6 +14,31 @@ bool is_channels_last(const Tensor& t) {
     if (t.size(i) > 1 && t.stride(i) != want[static_cast<size_t>(i)]) return false;
   }
   return true;
+}
+
+// True if every element of an input of sizes `in` goes into at least one output of each filter.
+bool reads_all(const Conv& conv, const Sizes& in) {
+  bool all = conv.groups == 1;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size = in[static_cast<size_t>(2 + i)];
+    all = all && windows_cover(size, conv.out_size(i, size), conv.weight.size(2 + i),
+                               conv.stride[i], conv.padding[i], conv.dilation[i]);
+  }
+  return all;
+}
+
+// ReLU of a dense fp32 tensor in place; returns the largest magnitude that was in it, infinite or
+// NaN if one was.
+double relu_max_abs(Tensor& t) {
+  auto* data = static_cast<float*>(t.mutable_data());
+  constexpr int64_t kParts = 64;
+  const int64_t n = t.numel();
+  float most[kParts] = {};
+  parallel_for(kParts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = n * begin / kParts;
+    most[begin] = relu_max_abs_cpu(data + first, n * end / kParts - first);
+  });
+  return max_abs_cpu(most, kParts);
 }
 
 }  // namespace
@@ -91,16 +117,30 @@ Tensor run_chain(const Chain& chain) {
     const int64_t count = std::min(piece, N - n);
     const Tensor xs = images(x, n, count);
     Tensor h = xs.share();
-    for (size_t i = 0; i + 1 < runners.size(); ++i) h = runners[i](h, Tensor(), true, Tensor());
+    double bound = kUnbounded;
+    for (size_t i = 0; i + 1 < runners.size(); ++i) {
+      if (i == 0 && dtype == DType::f32) {
+        // The pass over the first output tells how large it is, and so spares the later ones.
+        h = runners[0](h, Tensor(), false, Tensor(), kUnbounded);
+        bound = relu_max_abs(h);
+      } else {
+        h = runners[i](h, Tensor(), true, Tensor(), bound);
+        bound = runners[i].out_bound(bound);
+      }
+    }
     Tensor shortcut;
     if (!project.empty()) {
-      shortcut = project[0](xs, Tensor(), false, Tensor());
+      shortcut = project[0](xs, Tensor(), false, Tensor(), kUnbounded);
     } else if (residual.defined()) {
       shortcut = images(residual, n, count);
     } else if (chain.add_x) {
       shortcut = xs.share();
     }
-    last = runners.back()(h, shortcut, chain.relu, y.defined() ? images(y, n, count) : Tensor());
+    // A pixel that is NaN or infinite makes every sum it goes into so.
+    const bool finite = chain.add_x && project.empty() && reads_all(chain.convs[0], x.shape());
+    if (shortcut.defined() && !finite) bound = kUnbounded;
+    last = runners.back()(h, shortcut, chain.relu, y.defined() ? images(y, n, count) : Tensor(),
+                          bound);
   }
   return y.defined() ? std::move(y) : std::move(last);
 }

@@ -48,6 +48,13 @@ constexpr bool leaks_nan(DType dtype, int64_t channels_per_group) {
   return dtype == DType::bf16 && channels_per_group % 32 != 0;
 }
 
+// True if the windows of a convolution leave out no row (or column) of its input.
+constexpr bool windows_cover(int64_t in, int64_t out, int64_t window, int64_t stride,
+                             int64_t padding, int64_t dilation) {
+  return (dilation == 1 || window == 1) && window >= stride &&
+         (out - 1) * stride - padding + window >= in;
+}
+
 // Images a chain of convolutions processes at a time, so that what it hands from one convolution to
 // the next stays in the cores' L2 caches and its memory is reused instead of faulted in anew.
 // `bytes_per_image` counts the largest input and output pair. At least one image per thread, and

@@ -10,6 +10,9 @@ namespace {
 // Elements a thread gets at least in an elementwise pass.
 constexpr int64_t kGrain = 16384;
 
+// Sums whose exact magnitudes stay below this stay finite with every rounding on the way.
+constexpr double kNoOverflow = 1e38;
+
 Tensor widen(const Tensor& t) {
   Tensor out = empty_channels_last(t.shape(), DType::f32, t);
   const void* in = t.data();
@@ -22,19 +25,20 @@ Tensor widen(const Tensor& t) {
 bool all_finite(const Tensor& t) { return all_finite_cpu(t.data(), dtype_of(t), t.numel()); }
 
 // oneDNN's convolution of a dense NHWC tensor; the residual is added before the only rounding.
-Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv,
-                   const Tensor& residual) {
+Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, const Tensor& residual,
+                   bool relu) {
+  const char* act = relu ? "relu" : "none";
   AtenTensorHandle shift = packed.shift.handle(), out = nullptr;
   if (residual.defined()) {
     check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise_binary(
                     x.handle(), residual.handle(), packed.weight.handle(), &shift, conv.padding, 2,
-                    conv.stride, 2, conv.dilation, 2, conv.groups, "add", nullptr, nullptr, nullptr,
-                    0, nullptr, &out),
+                    conv.stride, 2, conv.dilation, 2, conv.groups, "add", nullptr,
+                    relu ? &act : nullptr, nullptr, 0, nullptr, &out),
                 "oneDNN convolution");
   } else {
     check_torch(aoti_torch_cpu_mkldnn__convolution_pointwise(
                     x.handle(), packed.weight.handle(), &shift, conv.padding, 2, conv.stride, 2,
-                    conv.dilation, 2, conv.groups, "none", nullptr, 0, nullptr, &out),
+                    conv.dilation, 2, conv.groups, act, nullptr, 0, nullptr, &out),
                 "oneDNN convolution");
   }
   return Tensor(out);
@@ -61,8 +65,10 @@ ConvRunner::ConvRunner(const Conv& conv, const Sizes& in, DType dtype)
   if (form_ == Form::tiles) affine_ = read_affine(conv);
 }
 
-Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu,
-                              Tensor out) const {
+double ConvRunner::out_bound(double bound) const { return packed_->gain * bound + packed_->offset; }
+
+Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out,
+                              double bound) const {
   const DType dtype = dtype_of(x);
   if (form_ == Form::tiles) {
     Sizes sizes = out_;
@@ -86,7 +92,12 @@ Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu
   Tensor other;
   if (residual.defined()) other = wide ? widen(residual) : residual.share();
   const Tensor none;
-  Tensor y = onednn_conv(input, *packed, conv_, add_apart ? none : other);
+  // oneDNN's ReLU turns NaN into 0: right where no sum can leave fp32's range, and so none is NaN.
+  // False for NaN.
+  const bool tame = !wide && dtype == DType::f32 && out_bound(bound) < kNoOverflow;
+  const bool relu_inside = relu && tame && !add_apart && !out.defined();
+  Tensor y = onednn_conv(input, *packed, conv_, add_apart ? none : other, relu_inside);
+  if (relu_inside) return y;
   if (add_apart) {
     add_cpu(static_cast<float*>(y.mutable_data()), static_cast<const float*>(other.data()),
             y.numel());

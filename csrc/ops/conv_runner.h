@@ -2,11 +2,15 @@
 // One convolution on one of its paths: tiles, oneDNN in the tensors' dtype, or oneDNN in fp32.
 #pragma once
 
+#include <limits>
+
 #include "conv.h"
 #include "pack.h"
 #include "tile_conv.h"
 
 namespace resnet_fused {
+
+constexpr double kUnbounded = std::numeric_limits<double>::infinity();
 
 // Convolves dense NHWC tensors; activates and rounds into `out`, or into a new tensor if out is
 // absent. `residual` (dense NHWC, output's sizes) may be absent.
@@ -14,7 +18,12 @@ class ConvRunner {
  public:
   // Looks up or makes the packed weights for inputs of sizes `in`.
   ConvRunner(const Conv& conv, const Sizes& in, DType dtype);
-  Tensor operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out) const;
+  // `bound` is one on |x|: with it, and a finite residual, fp32 can take oneDNN's ReLU.
+  Tensor operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out,
+                    double bound) const;
+
+  // A bound on the output's magnitude before the residual is added, for inputs below `bound`.
+  double out_bound(double bound) const;
 
  private:
   const Conv& conv_;

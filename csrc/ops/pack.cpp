@@ -16,8 +16,8 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int kSamples =
-    64;  // of a weight, per call: about 1 us, catches every edit of a whole tensor
+// Of a weight, per call, each a cache miss: enough to notice every edit of a whole tensor.
+constexpr int kSamples = 16;
 constexpr size_t kLayouts =
     4;  // packings kept per weight: oneDNN's layout depends on the input's height and width
 
@@ -167,6 +167,9 @@ std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, boo
   parallel_for(K, 1, [&](int64_t begin, int64_t end) {
     scale_weight_cpu(data, affine.scale.data(), per_channel, begin, end);
   });
+  const double terms = static_cast<double>(per_channel);
+  packed->gain = terms * double{max_abs_cpu(data, K * per_channel)};
+  packed->offset = double{max_abs_cpu(affine.shift.data(), K)};
   if (bf16) {
     // torch wants the bias of a bf16 convolution in bf16, too.
     weight = copy_as(weight, aoti_torch_dtype_bfloat16());

@@ -23,6 +23,8 @@ enum class Form {
 struct Packed {
   Tensor weight;
   Tensor shift;  // [K], dtype of the weight; folded forms only
+  // Folded fp32 only: no output or partial sum is larger than gain * max|x| + offset.
+  double gain = 0, offset = 0;
 };
 
 // `conv`'s weight in `form`; `in` are the input's sizes, which oneDNN's layouts depend on.

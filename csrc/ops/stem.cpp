@@ -26,7 +26,7 @@ void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t piece = images_per_piece(N, K * H * W * item_size(dtype), threads);
     for (int64_t n = 0; n < N; n += piece) {
       const int64_t count = std::min(piece, N - n);
-      const Tensor h = conv(images(x, n, count), Tensor(), false, Tensor());
+      const Tensor h = conv(images(x, n, count), Tensor(), false, Tensor(), kUnbounded);
       const Tensor out = images(y, n, count);
       const ReluMaxPoolParams p{h.data(), out.mutable_data(), count, H, W, K, dtype};
       parallel_for(count * sizes[2], 1, [&](int64_t b, int64_t e) { relu_max_pool_cpu(p, b, e); });

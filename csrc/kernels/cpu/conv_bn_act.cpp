@@ -59,6 +59,16 @@ RESNET_FUSED_CLONES uint32_t max_bits_32(const uint32_t* in, int64_t n) {
   }
   return most;
 }
+RESNET_FUSED_CLONES uint32_t relu_max_bits(float* y, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = y[i];
+    const uint32_t m = float_to_bits(v) & 0x7fffffffu;
+    most = m > most ? m : most;
+    y[i] = relu(v);
+  }
+  return most;
+}
 RESNET_FUSED_CLONES uint16_t max_bits_16(const uint16_t* in, int64_t n) {
   uint16_t most = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -103,6 +113,12 @@ void widen_cpu(const void* in, DType in_dtype, float* out, int64_t begin, int64_
 }
 
 void add_cpu(float* y, const float* other, int64_t n) { add_f32(y, other, n); }
+
+float relu_max_abs_cpu(float* y, int64_t n) { return bits_to_float(relu_max_bits(y, n)); }
+
+float max_abs_cpu(const float* in, int64_t n) {
+  return bits_to_float(max_bits_32(reinterpret_cast<const uint32_t*>(in), n));
+}
 
 bool all_finite_cpu(const void* in, DType dtype, int64_t n) {
   if (dtype == DType::f32) return max_bits_32(static_cast<const uint32_t*>(in), n) < 0x7f800000u;
