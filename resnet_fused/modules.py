@@ -138,7 +138,9 @@ def why_plain(owner: nn.Module, site: Site) -> str | None:
 
     Checked at every call, because hooks, modes and replaced submodules come after construction.
     """
-    if owner.training:
+    # Its own flag alone says nothing: a new Sequential around children in eval mode has it set.
+    training = owner.training
+    if training and not site.paths:
         return "training mode"
     for name, path in site.paths:
         module: Any = owner
@@ -151,8 +153,8 @@ def why_plain(owner: nn.Module, site: Site) -> str | None:
             reason = why_not_fusible(module)
             if reason is not None:
                 return f"'{name}': {reason}"
-            if module.training and kind in NORMS:
-                return f"'{name}' is in training mode"
+        if module.training and (training or kind in NORMS):
+            return "training mode" if training else f"'{name}' is in training mode"
         if has_hooks(module):
             return f"a hook on '{name}'"
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:

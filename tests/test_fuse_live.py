@@ -162,6 +162,18 @@ def test_one_batchnorm_in_train_mode(calls: list[str]) -> None:
     assert not row.fused and row.reason == "'bn1' is in training mode"
 
 
+def test_new_owner_of_children_in_eval_mode(calls: list[str]) -> None:
+    """A Sequential made of an eval model's children is itself in train mode, and runs plain."""
+    model = make()
+    plain = nn.Sequential(model.conv1, model.bn1, nn.ReLU().eval(), nn.MaxPool2d(3, 2, 1).eval())
+    fused = fuse(plain)
+    assert plain.training and report(fused)[0].fused
+    close(fused(image()), plain(image()))
+    assert calls == ["stem"]
+    fused.train()(image())
+    assert calls == ["stem"] and report(fused)[0].reason == "training mode"
+
+
 class ReadsMode(nn.Module):
     """Its forward asks for its own mode, which differs from its children's."""
 

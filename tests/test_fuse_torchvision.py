@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fuse_zoo
-from fuse_zoo import image, randomise
+from fuse_zoo import image, tame
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.report import report
 
@@ -37,17 +37,6 @@ def build(name: str, **kwargs: Any) -> Any:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, **kwargs)
     return model.to_empty(device="cpu").eval()
-
-
-def tame(model: nn.Module) -> nn.Module:
-    """Seeded weights under which activations neither vanish nor grow with depth."""
-    randomise(model)
-    with torch.no_grad():
-        for name, m in model.named_modules():
-            if hasattr(m, "running_var"):
-                m.weight.fill_(0.2 if name.endswith(("bn2", "bn3")) else 1.0)
-                m.bias.copy_(torch.linspace(-0.5, 0.5, len(m.bias)))
-    return model
 
 
 def tensors(y: Any) -> list[Tensor]:

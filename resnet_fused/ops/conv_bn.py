@@ -78,7 +78,13 @@ def out_size(size: Any, window: Any, stride: int, padding: int, dilation: int) -
 
 
 def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
-    """Raise ValueError if ``conv`` does not fit ``x``; the C++ ops hold the same rules."""
+    """Raise ValueError if ``conv`` does not fit ``x``; the C++ ops hold the same rules.
+
+    Like the other checks here it is silent under ``torch.jit.trace``, where sizes are tensors and
+    torch's own ops check them.
+    """
+    if torch.jit.is_tracing():
+        return
     w = conv.weight
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
@@ -132,6 +138,8 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
 
 def check_residual(residual: Tensor, x: Tensor, shape: tuple[Any, ...]) -> None:
     """Raise ValueError if ``residual`` cannot be added to an output of ``shape``."""
+    if torch.jit.is_tracing():
+        return
     if tuple(residual.shape) != shape:
         raise ValueError(
             f"residual must have the output's shape {shape}, got {tuple(residual.shape)}"
@@ -209,6 +217,8 @@ def check_chain(x: Tensor, convs: dict[str, ConvBN]) -> tuple[Any, ...]:
 
 def check_shortcut(x: Tensor, downsample: ConvBN | None, shape: tuple[Any, ...]) -> None:
     """Raise ValueError if the shortcut of a block does not have the block's output shape."""
+    if torch.jit.is_tracing():
+        return
     if downsample is not None:
         check_conv(x, downsample, "downsample")
     got = tuple(x.shape) if downsample is None else out_shape(x, downsample)
