@@ -10,7 +10,7 @@ namespace resnet_fused {
 
 struct PoolLinearParams {
   const void* x;       // [N, HW, C] dense, NHWC order
-  float* pooled;       // [N, C] scratch, written by pool_cpu
+  float* pooled;       // [N, C] scratch, for the means
   const void* weight;  // [K, C] dense
   const void* bias;    // [K] or null
   void* out;           // [N, K]
@@ -22,5 +22,8 @@ struct PoolLinearParams {
 void pool_cpu(const PoolLinearParams& p, int64_t begin, int64_t end);
 // Outputs [begin, end) of K, for all images; reads each weight once per four images.
 void linear_cpu(const PoolLinearParams& p, int64_t begin, int64_t end);
+
+// Both on a GPU, on `stream` (a cudaStream_t) of the current device; returns a cudaError_t.
+int launch_pool_linear_cuda(const PoolLinearParams& p, void* stream);
 
 }  // namespace resnet_fused

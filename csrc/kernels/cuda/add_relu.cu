@@ -5,11 +5,9 @@
 // block of 256 threads takes 1,024 consecutive vectors; the last block's missing vectors and the n
 // % (16 bytes) last elements are bounded by index. Buffers that are not 16-byte aligned (offset
 // views) go element by element. Indices are 64-bit.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../add_relu.h"
-#include "ptx.cuh"
+#include "launch.cuh"
+#include "numeric.cuh"
 
 namespace resnet_fused {
 namespace {
@@ -17,35 +15,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // per thread
 
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <typename T>
-__device__ __forceinline__ T from_float(float v);
-template <>
-__device__ __forceinline__ float from_float<float>(float v) {
-  return v;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float v) {
-  return __float2half_rn(v);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
-  return __float2bfloat16_rn(v);
-}
-
 template <typename T>
 __device__ __forceinline__ T add_relu(T x, T y) {
-  const float v = to_float(x) + to_float(y);
-  return from_float<T>(v < 0.0f ? 0.0f : v);  // false for NaN, which stays
+  return from_float<T>(relu(to_float(x) + to_float(y)));
 }
-
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
-};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -91,25 +64,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-cudaError_t launch(const AddReluParams& p, cudaStream_t stream) {
+cudaError_t launch_add_relu(const AddReluParams& p, cudaStream_t stream) {
+  if (p.n == 0) return cudaSuccess;
   const auto* x = static_cast<const T*>(p.x);
   const auto* y = static_cast<const T*>(p.y);
   auto* out = static_cast<T*>(p.out);
   const auto bits = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y) |
                     reinterpret_cast<uintptr_t>(out);
   const bool aligned = bits % 16 == 0;
-  const int64_t per_block = aligned ? int64_t{kThreads} * kVectors * Vector<T>::kSize : kThreads;
-  const int64_t blocks = (p.n + per_block - 1) / per_block;
   // The grid's x dimension ends at 2^31 - 1: 2^41 elements in vectors, 2^39 one by one.
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (aligned) {
-    add_relu_vector_kernel<T>
-        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, y, out, p.n);
-  } else {
-    add_relu_scalar_kernel<T>
-        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, y, out, p.n);
-  }
-  return cudaGetLastError();
+  const int64_t per_block = aligned ? int64_t{kThreads} * kVectors * Vector<T>::kSize : kThreads;
+  const LaunchShape shape{{(p.n + per_block - 1) / per_block, 1, 1}, kThreads, 0};
+  if (aligned) return launch<add_relu_vector_kernel<T>>(shape, stream, x, y, out, p.n);
+  return launch<add_relu_scalar_kernel<T>>(shape, stream, x, y, out, p.n);
 }
 
 }  // namespace
@@ -118,11 +85,11 @@ int launch_add_relu_cuda(const AddReluParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
     case DType::f32:
-      return launch<float>(p, s);
+      return launch_add_relu<float>(p, s);
     case DType::bf16:
-      return launch<__nv_bfloat16>(p, s);
+      return launch_add_relu<BFloat>(p, s);
     case DType::f16:
-      return launch<__half>(p, s);
+      return launch_add_relu<Half>(p, s);
     default:
       return cudaErrorInvalidValue;
   }

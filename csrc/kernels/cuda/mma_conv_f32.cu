@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The tensor-core convolution in TF32.
+#include "mma_conv.cuh"
+
+namespace resnet_fused {
+
+template cudaError_t launch_mma_conv_as<float>(const MmaConvParams& p, cudaStream_t stream);
+
+}  // namespace resnet_fused
