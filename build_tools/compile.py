@@ -94,7 +94,8 @@ def _info(tools: Toolchain, version: str) -> list[str]:
     return [f'-DRESNET_FUSED_{name}="{text}"' for name, text in texts.items()]
 
 
-def _nvcc_flags(tools: Toolchain, cuda: Cuda) -> list[str]:
+def cuda_flags(tools: Toolchain, cuda: Cuda) -> list[str]:
+    """nvcc's flags for one file of csrc/kernels/cuda."""
     passed_on = [f"-Xcompiler={flag}" for flag in HOST]
     flags = [*COMMON, CUDA_DEFINE, "-ccbin", tools.host_compiler]
     return [*flags, *cuda.compress, *nvcc_flags(cuda.archs), *passed_on]
@@ -127,7 +128,7 @@ def ninja_file(root: Path, tools: Toolchain, version: str, environ: Mapping[str,
     if cuda:
         text += [
             f"nvcc = {_words([str(cuda.nvcc)])}\n",
-            f"nvccflags = {_words(_nvcc_flags(tools, cuda))}\n",
+            f"nvccflags = {_words(cuda_flags(tools, cuda))}\n",
         ]
     text.append(RULES)
     objects = []

@@ -39,24 +39,23 @@ struct Registration {
 };
 
 #ifdef RESNET_FUSED_CUDA
-constexpr Op* kAddReluCuda = add_relu_cuda;
+#define OP(name) #name, name##_cpu, name##_cuda
 #else
-constexpr Op* kAddReluCuda = nullptr;
+#define OP(name) #name, name##_cpu, nullptr
 #endif
 
 constexpr Registration kOps[] = {
-    {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu) -> Tensor", "conv_bn_act",
-     conv_bn_act_cpu, nullptr},
-    {"add_relu(Tensor x, Tensor y) -> Tensor", "add_relu", add_relu_cpu, kAddReluCuda},
-    {"stem(Tensor x, " CONV_BN("") ") -> Tensor", "stem", stem_cpu, nullptr},
+    {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu) -> Tensor",
+     OP(conv_bn_act)},
+    {"add_relu(Tensor x, Tensor y) -> Tensor", OP(add_relu)},
+    {"stem(Tensor x, " CONV_BN("") ") -> Tensor", OP(stem)},
     {"basic_block(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " OPTIONAL_CONV_BN(
          "downsample_") ") -> Tensor",
-     "basic_block", basic_block_cpu, nullptr},
+     OP(basic_block)},
     {"bottleneck(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " CONV_BN(
          "conv3_") ", " OPTIONAL_CONV_BN("downsample_") ") -> Tensor",
-     "bottleneck", bottleneck_cpu, nullptr},
-    {"pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", "pool_linear", pool_linear_cpu,
-     nullptr},
+     OP(bottleneck)},
+    {"pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", OP(pool_linear)},
 };
 
 // Library objects live as long as the process: torch frees them last.

@@ -3,7 +3,7 @@
 
 from resnet_fused import models, ops
 from resnet_fused._info import info
-from resnet_fused.dispatch import backend
+from resnet_fused.dispatch import backend, set_batch_invariant
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.models import (
     BasicBlock,
@@ -57,6 +57,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "resnext50_32x4d",
+    "set_batch_invariant",
     "stem",
     "unfuse",
     "wide_resnet101_2",

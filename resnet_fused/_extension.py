@@ -33,6 +33,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.resnet_fused_pack_drop.argtypes = [ctypes.c_void_p]
     for name in ("pack_count", "pack_bytes", "pool_bytes"):
         getattr(library, f"resnet_fused_{name}").restype = ctypes.c_int64
+    if hasattr(library, "resnet_fused_cuda_error_text"):
+        library.resnet_fused_cuda_error_text.restype = ctypes.c_char_p
     return library, ""
 
 
@@ -77,6 +79,12 @@ def cuda() -> bool:
     return _cuda
 
 
+def set_batch_invariant(on: bool) -> None:
+    """Tell the CUDA kernels, if there are any, whether sums may be ordered by the batch."""
+    if _library is not None and _build.get("nvcc"):
+        _library.resnet_fused_set_batch_invariant(int(on))
+
+
 def onednn() -> bool:
     """True if this torch has the oneDNN convolution that the CPU ops call."""
     return _onednn
@@ -85,6 +93,61 @@ def onednn() -> bool:
 def amx() -> bool:
     """True if this CPU and its kernel let the library use AMX tiles."""
     return _amx
+
+
+# Errors of the CUDA runtime: no machine code for the GPU; a driver older than the toolkit.
+_NO_CODE = (98, 209)
+_OLD_DRIVER = (35, 222)
+_gpu_problems: dict[int, str] = {}
+
+
+def explain_gpu(error: int, text: str, gpu: str, capability: tuple[int, int]) -> str:
+    """Why the kernels do not run on a GPU and how to mend it, from the CUDA error; empty for 0."""
+    if error == 0:
+        return ""
+    archs, toolkit = _build.get("archs", ""), _build.get("nvcc", "")
+    number = f"{capability[0]}.{capability[1]}"
+    if error in _NO_CODE and capability < (8, 0):
+        return f"{gpu} has compute capability {number}, and the kernels need 8.0"
+    if error in _NO_CODE:
+        return (
+            f"{gpu} has compute capability {number}, and the library was built for {archs}; build "
+            f"it again with TORCH_CUDA_ARCH_LIST={number}"
+        )
+    if error in _OLD_DRIVER:
+        return (
+            f"the driver of {gpu} is too old for CUDA {toolkit}, with which the library was built "
+            f"({text}); update the driver, or build with an older CUDA toolkit"
+        )
+    return f"{gpu} refuses the kernels: CUDA error {error}, {text}"
+
+
+@torch.compiler.assume_constant_result
+def gpu_problem(index: int) -> str:
+    """Why the kernels do not run on GPU ``index``; empty if they do.
+
+    Asks the GPU once and warns if it refuses. CUDA is never initialised here: where nobody has used
+    a GPU, a tensor on one is a fake, for which there is no problem.
+    """
+    problem = _gpu_problems.get(index)
+    if problem is None:
+        if _library is None or not torch.cuda.is_initialized():
+            return ""
+        with torch.cuda.device(index):
+            error: int = _library.resnet_fused_cuda_probe()
+            text: bytes = _library.resnet_fused_cuda_error_text(error)
+        problem = explain_gpu(
+            error,
+            text.decode(),
+            torch.cuda.get_device_name(index),
+            torch.cuda.get_device_capability(index),
+        )
+        _gpu_problems[index] = problem
+        if problem:
+            warnings.warn(
+                f"resnet_fused runs on plain PyTorch on cuda:{index}: {problem}", stacklevel=2
+            )
+    return problem
 
 
 # Packed weights live in the library, keyed by the address of the weight they were made from. When

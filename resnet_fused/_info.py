@@ -45,6 +45,8 @@ def info() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "amx": _extension.amx(),
         "onednn": _extension.onednn(),
+        "cuda_tf32": dispatch.tf32(),
+        "batch_invariant": dispatch.batch_invariant(),
         "threads": torch.get_num_threads(),
         "backend": os.environ.get("RESNET_FUSED_BACKEND", "auto"),
         "paths": paths,

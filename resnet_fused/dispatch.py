@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which path computes an op: pure policy, no mechanism.
 
-``choose`` looks only at what is known before an op runs (device, dtype, what was built). Cases that
-depend on shapes are settled inside the C++ op, which always returns a right result.
+``choose`` looks only at what is known before an op runs (device type, dtype, groups, settings, what
+was built), ``path_on`` also at the GPU itself. Cases that depend on shapes are settled inside the
+C++ op, which returns a right result or raises.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,8 +59,62 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act") -> Path:
+def _switch(value: str | None) -> bool:
+    """Read ``RESNET_FUSED_BATCH_INVARIANT``; raises ValueError for anything but 0 and 1."""
+    if value not in (None, "", "0", "1"):
+        raise ValueError(f"RESNET_FUSED_BATCH_INVARIANT must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def set_batch_invariant(on: bool) -> None:
+    """Make an image's result on a GPU independent of the images beside it, bit for bit.
+
+    Off, a convolution of few images may be divided into partial sums, so that a small batch fills
+    the GPU; results then differ between batch sizes by rounding. On, the order of every sum follows
+    from the layer alone, and small batches take longer. Either way the same call gives the same
+    bits. Applies to the CUDA kernels in the whole process, compiled models included, from the next
+    call on.
+
+    On a CPU, bfloat16 results with AMX never depend on the batch; oneDNN, which computes the rest,
+    makes no such promise. Nor does cuDNN, where the path is ``reference``.
+
+    Args:
+        on: the new setting; the environment variable ``RESNET_FUSED_BATCH_INVARIANT=1`` turns it on
+            from the start.
+    """
+    global _invariant
+    _invariant = bool(on)
+    _extension.set_batch_invariant(_invariant)
+
+
+def batch_invariant() -> bool:
+    """The setting of ``set_batch_invariant``."""
+    return _invariant
+
+
+_invariant = _switch(os.environ.get("RESNET_FUSED_BATCH_INVARIANT"))
+_extension.set_batch_invariant(_invariant)
+
+
+@torch.compiler.assume_constant_result
+def tf32() -> bool:
+    """True if torch's settings let convolutions on a GPU round float32 factors to TF32.
+
+    These are ``torch.backends.cudnn.conv.fp32_precision`` and what it inherits from, or the older
+    ``torch.backends.cudnn.allow_tf32``. Compiled code keeps the answer of when it was compiled.
+    """
+    cudnn: Any = torch.backends.cudnn  # torch's annotations lack what it has
+    return bool(cudnn.conv.fp32_precision == "tf32")
+
+
+def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups: int = 1) -> Path:
     """The path of ``op`` for tensors of this device type and dtype.
+
+    Args:
+        device_type: as in ``torch.device.type``.
+        dtype: of the activations.
+        op: name of the op.
+        groups: the most groups of any of its convolutions.
 
     Returns:
         ``amx`` (CPU, own kernels on matrix tiles; grouped and few-channel convolutions still go to
@@ -80,18 +135,42 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act") -> Pat
         if dtype == torch.float16:
             return Path("onednn", "float16 is computed in float32")
         return Path("amx" if dtype == torch.bfloat16 and _extension.amx() else "onednn", "")
-    if device_type == "cuda" and op == "add_relu":
-        if _extension.cuda():
-            return Path("cuda", "")
-        return Path("reference", "resnet_fused was built without CUDA")
-    return Path("reference", f"no {device_type} kernel for {op} yet")
+    if device_type == "cuda":
+        return _choose_cuda(dtype, op, groups)
+    return Path("reference", f"no kernel runs on {device_type}")
 
 
-def use_reference(x: torch.Tensor, op: str) -> bool:
+def _choose_cuda(dtype: torch.dtype, op: str, groups: int) -> Path:
+    if not _extension.cuda():
+        return Path("reference", "resnet_fused was built without CUDA, or torch was")
+    if op in ("add_relu", "pool_linear"):
+        return Path("cuda", "")
+    if groups > 1:
+        return Path("reference", "no CUDA kernel takes grouped convolutions")
+    if dtype != torch.float32:
+        return Path("cuda", "")
+    if tf32():
+        return Path("cuda", "float32 is multiplied as TF32")
+    return Path(
+        "reference",
+        "torch.backends.cudnn.conv.fp32_precision asks for more than TF32, in which the CUDA "
+        "kernels multiply float32",
+    )
+
+
+def path_on(device: torch.device, dtype: torch.dtype, op: str, groups: int = 1) -> Path:
+    """``choose`` for this very device: a GPU may be too old for the kernels, or its driver."""
+    path = choose(device.type, dtype, op, groups)
+    if path.name == "cuda" and (problem := _extension.gpu_problem(device.index or 0)):
+        return Path("reference", problem)
+    return path
+
+
+def use_reference(x: torch.Tensor, op: str, groups: int = 1) -> bool:
     """True if ``op`` on ``x`` must run as plain PyTorch ops now.
 
     TorchScript tracing and ONNX export need standard ops, whatever the device.
     """
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return True
-    return choose(x.device.type, x.dtype, op).name == "reference"
+    return path_on(x.device, x.dtype, op, groups).name == "reference"

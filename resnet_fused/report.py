@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from resnet_fused import dispatch
 from resnet_fused.fusion.plan import survey
 from resnet_fused.fusion.units import child, is_native, is_planned, original
-from resnet_fused.modules import Fused, why_plain
+from resnet_fused.modules import Fused, Site, why_plain
 
 
 class Row(NamedTuple):
@@ -25,7 +26,8 @@ class Row(NamedTuple):
         pattern: the op that computes it, or would; empty if there is none.
         fused: whether the op runs if the model is called now.
         path: what computes it: a path of ``dispatch.choose``, or ``plain``, the original modules.
-        reason: why it is not fused or, if it is, why the op takes the reference path.
+        reason: why it is not fused or, if it is, why the op takes the reference path, or what
+            slows it down.
     """
 
     name: str
@@ -92,6 +94,7 @@ class _Claim(NamedTuple):
     rank: _Rank
     pattern: str
     reason: str
+    groups: int = 1  # the most of any convolution in the call
 
 
 def report(model: nn.Module) -> Report:
@@ -128,15 +131,13 @@ def _claims(model: nn.Module) -> Iterator[tuple[nn.Module, _Claim]]:
         if isinstance(module, Fused) and is_native(module):
             for site in module.fused_sites():
                 reason = why_plain(module, site) or ""
-                for conv in site.convs:
-                    yield child(module, conv), _Claim(_Rank.FUSED, site.pattern, reason)
+                yield from _claim_site(module, site, _Rank.FUSED, reason)
     for name, module, plan in survey(model):
         planned = is_planned(module)
         rank = _Rank.FUSED if planned else _Rank.POSSIBLE
         reason = (plan.why_plain(module) or "") if planned else "fuse() was not called on it"
         for site in plan.sites:
-            for conv in site.convs:
-                yield child(module, conv), _Claim(rank, site.pattern, reason)
+            yield from _claim_site(module, site, rank, reason)
         for path, why in plan.refused.items():
             yield child(module, path), _Claim(_Rank.REFUSED, "", why)
         if plan.error:
@@ -144,6 +145,33 @@ def _claims(model: nn.Module) -> Iterator[tuple[nn.Module, _Claim]]:
             where = f"'{name}' ({original(module).__name__})" if name else original(module).__name__
             for below in filter(is_conv, module.modules()):
                 yield below, _Claim(rank, "", f"{where}: {plan.error}")
+
+
+def _claim_site(
+    module: nn.Module, site: Site, rank: _Rank, reason: str
+) -> Iterator[tuple[nn.Module, _Claim]]:
+    """A claim on each convolution of one call."""
+    convs = [child(module, conv) for conv in site.convs]
+    groups = max((getattr(conv, "groups", 1) for conv in convs), default=1)
+    for conv in convs:
+        yield conv, _Claim(rank, site.pattern, reason, groups)
+
+
+def _path(conv: nn.Module, claim: _Claim) -> dispatch.Path:
+    """What computes a fused convolution now."""
+    weight: Any = conv.weight
+    path = dispatch.path_on(weight.device, weight.dtype, claim.pattern, claim.groups)
+    # The stem's kernel reads weights in any order.
+    if (
+        path.name != "cuda"
+        or claim.pattern == "stem"
+        or weight.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return path
+    note = (
+        "weights are converted on each call; model.to(memory_format=torch.channels_last) avoids it"
+    )
+    return dispatch.Path(path.name, f"{path.reason}; {note}" if path.reason else note)
 
 
 def _row(name: str, conv: nn.Module, claims: list[_Claim]) -> Row:
@@ -162,7 +190,6 @@ def _row(name: str, conv: nn.Module, claims: list[_Claim]) -> Row:
         others = (c.reason for c in claims if c.rank == _Rank.REFUSED)
         reason = next((f"another call of it: {other}" for other in others), "")
     if rank == _Rank.FUSED and not reason:
-        weight: Any = conv.weight
-        path = dispatch.choose(weight.device.type, weight.dtype, pattern)
+        path = _path(conv, best[0])
         return Row(name, pattern, True, path.name, path.reason)
     return Row(name, pattern, False, "plain", reason)

@@ -18,6 +18,18 @@ def _force_path(name: str) -> Iterator[None]:
         with resnet_fused.backend("reference"):
             yield
         return
+    if name == "emulated":
+        from emulated_ops import instead_of_cpu
+
+        with instead_of_cpu():
+            yield
+        return
+    if name == "cuda":
+        from harness.gpu import instead_of_cpu
+
+        with instead_of_cpu():
+            yield
+        return
     library = _extension._library
     assert library is not None, f"the kernels must be built to be tested: {_extension.why_not()}"
     library.resnet_fused_cpu_path({"auto": 0, "onednn": 1, "portable": 2}[name])
@@ -29,7 +41,9 @@ def _force_path(name: str) -> Iterator[None]:
 
 @pytest.fixture
 def force_path() -> Callable[[str], AbstractContextManager[None]]:
-    """Context manager that sends the CPU ops one way: auto, onednn, portable or reference."""
+    """Context manager that sends ops on CPU tensors one way: auto, onednn, portable, reference;
+    cuda, which computes them on copies on a GPU; or emulated, which runs the CUDA ops on the CPU.
+    """
     return _force_path
 
 

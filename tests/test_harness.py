@@ -12,6 +12,8 @@ from torch import Tensor
 
 from harness import bounds
 from harness.case import Source
+from harness.gpu import moved
+from harness.views import VIEWS
 from resnet_fused.ops import ConvBN
 
 C = 2048
@@ -89,3 +91,14 @@ def test_integers_are_exact_and_not_mostly_zero() -> None:
     x, conv = s.image(2, 64, 9, 9), s.conv(64, 32, 3)
     y = bounds.conv_bn(bounds.stored(x), conv, torch.bfloat16).value
     assert torch.equal(y, y.round()) and (y != 0).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_copies_for_a_gpu_keep_their_strides(name: str) -> None:
+    """A copy that is made dense would hide what a kernel does with strides and offsets."""
+    view = VIEWS[name](Source(torch.bfloat16).image(3, 5, 4, 6))
+    copy = moved(view, "cpu")
+    assert torch.equal(copy, view) and copy.stride() == view.stride()
+    assert copy.storage_offset() == view.storage_offset()
+    assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
+    assert copy.untyped_storage().nbytes() == view.untyped_storage().nbytes()

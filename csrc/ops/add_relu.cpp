@@ -2,7 +2,8 @@
 #include "../kernels/add_relu.h"
 
 #include "boxed.h"
-#include "checks.h"
+#include "cuda.h"
+#include "layout.h"
 #include "ops.h"
 
 namespace resnet_fused {
@@ -25,27 +26,12 @@ Tensor empty_like(const Tensor& t) {
   return Tensor(h);
 }
 
-bool same_strides(const Tensor& a, const Sizes& strides) {
-  for (int64_t i = 0, d = a.dim(); i < d; ++i) {
-    if (a.size(i) > 1 && a.stride(i) != strides[static_cast<size_t>(i)]) return false;
-  }
-  return true;
-}
-
-Tensor with_strides(const Tensor& t, const Sizes& strides) {
-  if (same_strides(t, strides)) return t.share();
-  Tensor copy = empty_strided(t.shape(), strides, t.dtype(), t);
-  check_torch(aoti_torch_copy_(copy.handle(), t.handle(), 0), "layout conversion");
-  return copy;
-}
-
 Operands read(StableIValue* stack) {
   Args args(stack);
   Operands o;
   o.x = args.tensor();
   o.y = args.tensor();
-  require(o.x.device_type() == o.y.device_type() && o.x.device_index() == o.y.device_index(),
-          "add_relu: y must be on x's device");
+  require(same_device(o.x, o.y), "add_relu: y must be on x's device");
   const DType dtype = dtype_of(o.x);
   require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16,
           "add_relu: x must be float32, bfloat16 or float16; use the function "
@@ -55,8 +41,8 @@ Operands read(StableIValue* stack) {
           Shape{o.y});
   o.out = empty_like(o.x);
   const Sizes strides(o.out.strides(), o.out.strides() + o.out.dim());
-  o.x = with_strides(o.x, strides);
-  o.y = with_strides(o.y, strides);
+  o.x = laid_out(o.x, strides, o.x.dtype());
+  o.y = laid_out(o.y, strides, o.y.dtype());
   return o;
 }
 
@@ -70,33 +56,10 @@ void add_relu_cpu(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 #ifdef RESNET_FUSED_CUDA
-namespace {
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Tensor& t) {
-    check_torch(aoti_torch_create_device_guard(t.device_index(), &guard_), "device guard");
-  }
-  ~DeviceGuard() { aoti_torch_delete_device_guard(guard_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  DeviceGuardHandle guard_ = nullptr;
-};
-
-}  // namespace
-
 void add_relu_cuda(StableIValue* stack, uint64_t, uint64_t) {
   Operands o = read(stack);
-  const DeviceGuard guard(o.x);
-  require(aoti_torch_get_current_cuda_stream != nullptr, "add_relu: this torch build has no CUDA");
-  void* stream = nullptr;
-  check_torch(aoti_torch_get_current_cuda_stream(o.x.device_index(), &stream), "current stream");
-  const AddReluParams p = o.params();
-  const int error = p.n > 0 ? launch_add_relu_cuda(p, stream) : 0;
-  require(error == 0, "add_relu: CUDA error ", error, " for shape ", Shape{o.x},
-          " on cuda:", o.x.device_index());
+  const CudaCall call("add_relu", o.out);
+  call.check(launch_add_relu_cuda(o.params(), call.stream()));
   stack[0] = boxed(std::move(o.out));
 }
 #endif

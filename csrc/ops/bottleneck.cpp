@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "conv.h"
+#include "conv_cuda.h"
 #include "ops.h"
 
 namespace resnet_fused {
 
-void bottleneck_cpu(StableIValue* stack, uint64_t, uint64_t) {
+namespace {
+
+Chain read(StableIValue* stack) {
   Args args(stack);
   Chain chain;
   chain.op = "bottleneck";
@@ -13,7 +15,19 @@ void bottleneck_cpu(StableIValue* stack, uint64_t, uint64_t) {
     chain.convs.push_back(read_conv(args, name));
   chain.downsample = read_optional_conv(args, "downsample.");
   chain.add_x = !chain.downsample.present();
-  stack[0] = boxed(run_chain(chain));
+  return chain;
 }
+
+}  // namespace
+
+void bottleneck_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = boxed(run_chain(read(stack)));
+}
+
+#ifdef RESNET_FUSED_CUDA
+void bottleneck_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = boxed(run_chain_cuda(read(stack)));
+}
+#endif
 
 }  // namespace resnet_fused

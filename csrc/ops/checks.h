@@ -35,16 +35,22 @@ inline bool same_sizes(const Tensor& t, const Sizes& sizes) {
          std::memcmp(t.sizes(), sizes.data(), sizes.size() * sizeof(int64_t)) == 0;
 }
 
-inline void require_on_cpu(const Tensor& t, const char* op, const char* prefix, const char* name) {
-  require(t.device_type() == aoti_torch_device_type_cpu(), op, ": ", prefix, name,
-          " must be on the CPU like x");
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.device_type() == b.device_type() &&
+         (a.device_type() == aoti_torch_device_type_cpu() || a.device_index() == b.device_index());
+}
+
+// Argument prefix + name must be on x's device, in a floating dtype.
+inline void require_beside(const Tensor& x, const Tensor& t, const char* op, const char* prefix,
+                           const char* name) {
+  require(same_device(t, x), op, ": ", prefix, name, " must be on x's device");
   require(dtype_of(t) != DType::other, op, ": ", prefix, name,
           " must be float32, bfloat16, float16 or float64, got another dtype");
 }
 
-// x of a CPU op: what the kernels compute in.
+// x: what the kernels compute in.
 inline void require_kernel_input(const Tensor& x, const char* op) {
-  require_on_cpu(x, op, "", "x");
+  require_beside(x, x, op, "", "x");
   require(dtype_of(x) != DType::f64, op, ": x must be float32, bfloat16 or float16, got float64; ",
           "use the function resnet_fused.", op, ", which computes float64 by plain PyTorch");
 }

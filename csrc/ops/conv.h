@@ -35,8 +35,8 @@ struct Conv {
 Conv read_conv(Args& args, const char* name);
 Conv read_optional_conv(Args& args, const char* name);
 
-// Throw unless `conv` fits an input of these sizes.
-void check_conv(const Conv& conv, const Sizes& in, const char* op);
+// Throw unless `conv` fits an input of these sizes on x's device.
+void check_conv(const Conv& conv, const Sizes& in, const Tensor& x, const char* op);
 
 // act(conv_n(... relu(conv_1(x))) + shortcut), the shortcut being residual, downsample(x) or x
 // itself.

@@ -5,10 +5,10 @@
 
 namespace resnet_fused {
 
-void check_conv(const Conv& conv, const Sizes& in, const char* op) {
+void check_conv(const Conv& conv, const Sizes& in, const Tensor& x, const char* op) {
   const std::string& name = conv.name;
   const Tensor& w = conv.weight;
-  require_on_cpu(w, op, name.c_str(), "weight");
+  require_beside(x, w, op, name.c_str(), "weight");
   require(w.dim() == 4, op, ": ", name,
           "weight must have 4 dimensions [K, C/groups, R, S], got shape ", Shape{w});
   require(conv.groups >= 1 && w.size(0) % std::max<int64_t>(conv.groups, 1) == 0, op, ": ", name,
@@ -43,7 +43,7 @@ void check_conv(const Conv& conv, const Sizes& in, const char* op) {
                  {"running_var", conv.running_var}};
   for (const auto& v : vectors) {
     if (!v.t.defined()) continue;
-    require_on_cpu(v.t, op, name.c_str(), v.field);
+    require_beside(x, v.t, op, name.c_str(), v.field);
     require(v.t.dim() == 1 && v.t.size(0) == w.size(0), op, ": ", name, v.field,
             " must have shape [", w.size(0), "], got ", Shape{v.t});
   }
@@ -57,11 +57,11 @@ Sizes check_chain(const Chain& chain) {
   Sizes sizes = x.shape();
   for (const Conv& conv : chain.convs) {
     require(conv.present(), op, ": ", conv.name, "weight must be given");
-    check_conv(conv, sizes, op);
+    check_conv(conv, sizes, x, op);
     sizes = conv.out_sizes(sizes);
   }
   if (chain.downsample.present()) {
-    check_conv(chain.downsample, x.shape(), op);
+    check_conv(chain.downsample, x.shape(), x, op);
     const Sizes got = chain.downsample.out_sizes(x.shape());
     require(got == sizes, op, ": downsample(x) must have the block's output shape ", sizes,
             ", got ", got);
@@ -71,7 +71,7 @@ Sizes check_chain(const Chain& chain) {
   }
   if (chain.residual.defined()) {
     const Tensor& r = chain.residual;
-    require_on_cpu(r, op, "", "residual");
+    require_beside(x, r, op, "", "residual");
     require(same_sizes(r, sizes), op, ": residual must have the output's shape ", sizes, ", got ",
             Shape{r});
     require(dtype_of(r) == dtype_of(x), op, ": residual must have x's dtype");

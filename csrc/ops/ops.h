@@ -10,11 +10,18 @@ namespace resnet_fused {
 using Op = void(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
 
 Op add_relu_cpu;
-Op add_relu_cuda;
 Op basic_block_cpu;
 Op bottleneck_cpu;
 Op conv_bn_act_cpu;
 Op pool_linear_cpu;
 Op stem_cpu;
+
+// Where RESNET_FUSED_CUDA is defined.
+Op add_relu_cuda;
+Op basic_block_cuda;
+Op bottleneck_cuda;
+Op conv_bn_act_cuda;
+Op pool_linear_cuda;
+Op stem_cuda;
 
 }  // namespace resnet_fused

@@ -2,68 +2,95 @@
 #include "../kernels/pool_linear.h"
 
 #include "conv.h"
+#include "cuda.h"
+#include "layout.h"
 #include "ops.h"
 
 namespace resnet_fused {
 namespace {
 
-Tensor contiguous(const Tensor& t) {
-  const Sizes strides = contiguous_strides(t.shape());
-  bool dense = true;
-  for (int64_t i = 0, d = t.dim(); i < d; ++i) {
-    dense = dense && (t.size(i) <= 1 || t.stride(i) == strides[static_cast<size_t>(i)]);
+constexpr const char* kOp = "pool_linear";
+
+Tensor contiguous(const Tensor& t) { return laid_out(t, contiguous_strides(t.shape()), t.dtype()); }
+
+struct Operands {
+  Tensor x, weight, bias, out;  // bias may be absent
+
+  bool empty() const { return out.numel() == 0; }
+  // Brings the tensors into the order that the kernels read; `pooled` gets scratch memory.
+  PoolLinearParams params(Tensor dense_x, Tensor& pooled) {
+    const Sizes sizes{dense_x.size(0), dense_x.size(1)};
+    x = std::move(dense_x);
+    weight = contiguous(weight);
+    if (bias.defined()) bias = contiguous(bias);
+    pooled = empty_strided(sizes, contiguous_strides(sizes), aoti_torch_dtype_float32(), x);
+    return {x.data(),
+            static_cast<float*>(pooled.mutable_data()),
+            weight.data(),
+            bias.defined() ? bias.data() : nullptr,
+            out.mutable_data(),
+            sizes[0],
+            x.size(2) * x.size(3),
+            sizes[1],
+            weight.size(0),
+            dtype_of(x),
+            dtype_of(weight),
+            bias.defined() ? dtype_of(bias) : DType::f32};
   }
-  if (dense) return t.share();
-  Tensor copy = empty_strided(t.shape(), strides, t.dtype(), t);
-  check_torch(aoti_torch_copy_(copy.handle(), t.handle(), 0), "layout conversion");
-  return copy;
+};
+
+Operands read(StableIValue* stack) {
+  Args args(stack);
+  Operands o;
+  o.x = args.tensor();
+  o.weight = args.tensor();
+  o.bias = args.optional_tensor();
+  const Tensor &x = o.x, &weight = o.weight, &bias = o.bias;
+  require_kernel_input(x, kOp);
+  require(x.dim() == 4 && x.size(2) >= 1 && x.size(3) >= 1, kOp,
+          ": x must be [N, C, H, W] with H and W at least 1, got shape ", Shape{x});
+  require_beside(x, weight, kOp, "", "weight");
+  require(dtype_of(weight) != DType::f64, kOp,
+          ": weight must be float32, bfloat16 or float16, got float64");
+  require(weight.dim() == 2 && weight.size(1) == x.size(1), kOp, ": weight must have shape [K, ",
+          x.size(1), "], got ", Shape{weight});
+  if (bias.defined()) {
+    require_beside(x, bias, kOp, "", "bias");
+    require(dtype_of(bias) != DType::f64, kOp,
+            ": bias must be float32, bfloat16 or float16, got float64");
+    require(bias.dim() == 1 && bias.size(0) == weight.size(0), kOp, ": bias must have shape [",
+            weight.size(0), "], got ", Shape{bias});
+  }
+  const Sizes sizes{x.size(0), weight.size(0)};
+  o.out = empty_strided(sizes, contiguous_strides(sizes), x.dtype(), x);
+  return o;
 }
 
 }  // namespace
 
 void pool_linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
-  const char* op = "pool_linear";
-  Args args(stack);
-  Tensor x = args.tensor(), weight = args.tensor(), bias = args.optional_tensor();
-  require_kernel_input(x, op);
-  require(x.dim() == 4 && x.size(2) >= 1 && x.size(3) >= 1, op,
-          ": x must be [N, C, H, W] with H and W at least 1, got shape ", Shape{x});
-  require_on_cpu(weight, op, "", "weight");
-  require(dtype_of(weight) != DType::f64, op,
-          ": weight must be float32, bfloat16 or float16, got float64");
-  require(weight.dim() == 2 && weight.size(1) == x.size(1), op, ": weight must have shape [K, ",
-          x.size(1), "], got ", Shape{weight});
-  if (bias.defined()) {
-    require_on_cpu(bias, op, "", "bias");
-    require(dtype_of(bias) != DType::f64, op,
-            ": bias must be float32, bfloat16 or float16, got float64");
-    require(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": bias must have shape [",
-            weight.size(0), "], got ", Shape{bias});
-    bias = contiguous(bias);
+  Operands o = read(stack);
+  if (!o.empty()) {
+    Tensor pooled;
+    const PoolLinearParams p = o.params(to_channels_last(o.x), pooled);
+    parallel_for(p.N, 1, [&](int64_t b, int64_t e) { pool_cpu(p, b, e); });
+    parallel_for(p.K, 16, [&](int64_t b, int64_t e) { linear_cpu(p, b, e); });
   }
-  const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3), K = weight.size(0);
-  Tensor out = empty_strided({N, K}, contiguous_strides({N, K}), x.dtype(), x);
-  if (N > 0 && K > 0) {
-    x = to_channels_last(x);
-    weight = contiguous(weight);
-    Tensor pooled =
-        empty_strided({N, C}, contiguous_strides({N, C}), aoti_torch_dtype_float32(), x);
-    const PoolLinearParams p{x.data(),
-                             static_cast<float*>(pooled.mutable_data()),
-                             weight.data(),
-                             bias.defined() ? bias.data() : nullptr,
-                             out.mutable_data(),
-                             N,
-                             HW,
-                             C,
-                             K,
-                             dtype_of(x),
-                             dtype_of(weight),
-                             bias.defined() ? dtype_of(bias) : DType::f32};
-    parallel_for(N, 1, [&](int64_t b, int64_t e) { pool_cpu(p, b, e); });
-    parallel_for(K, 16, [&](int64_t b, int64_t e) { linear_cpu(p, b, e); });
-  }
-  stack[0] = boxed(std::move(out));
+  stack[0] = boxed(std::move(o.out));
 }
+
+#ifdef RESNET_FUSED_CUDA
+void pool_linear_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  Operands o = read(stack);
+  if (!o.empty()) {
+    const CudaCall call(kOp, o.x);
+    Tensor pooled;
+    const Sizes strides = channels_last_strides(o.x.shape());
+    const PoolLinearParams p = o.params(laid_out(o.x, strides, o.x.dtype()), pooled);
+    call.check(launch_pool_linear_cuda(p, call.stream()));
+  }
+  stack[0] = boxed(std::move(o.out));
+}
+#endif
 
 }  // namespace resnet_fused

@@ -1,18 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "../kernels/stem.h"
 
+#include "conv_cuda.h"
 #include "conv_plan.h"
 #include "conv_runner.h"
+#include "layout.h"
 #include "ops.h"
 
 namespace resnet_fused {
 
-void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
+namespace {
+
+Chain read(StableIValue* stack) {
   Args args(stack);
   Chain chain;
   chain.op = "stem";
   chain.x = args.tensor();
   chain.convs.push_back(read_conv(args, "conv."));
+  return chain;
+}
+
+}  // namespace
+
+void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  const Chain chain = read(stack);
   const Sizes conv_sizes = check_chain(chain);
   const int64_t N = conv_sizes[0], K = conv_sizes[1], H = conv_sizes[2], W = conv_sizes[3];
   const Sizes sizes{N, K, (H + 1) / 2, (W + 1) / 2};
@@ -34,5 +45,59 @@ void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
   }
   stack[0] = boxed(std::move(y));
 }
+
+#ifdef RESNET_FUSED_CUDA
+namespace {
+
+// The whole stem in one kernel, which reads x and the weight where they are.
+void run_stem_kernel(const CudaCall& call, const Conv& conv, const Tensor& x, const Tensor& y) {
+  const Tensor& w = conv.weight;
+  const Tensor weight =
+      w.dtype() == x.dtype() ? w.share() : laid_out(w, contiguous_strides(w.shape()), x.dtype());
+  std::vector<Tensor> copies;
+  StemParams p{};
+  p.x = x.data();
+  p.weight = weight.data();
+  for (int i = 0; i < 4; ++i) {
+    p.x_strides[i] = x.stride(i);
+    p.weight_strides[i] = weight.stride(i);
+  }
+  p.bn = batch_norm(conv, copies);
+  p.out = y.mutable_data();
+  p.N = x.size(0);
+  p.C = x.size(1);
+  p.H = x.size(2);
+  p.W = x.size(3);
+  p.K = w.size(0);
+  p.dtype = dtype_of(x);
+  call.check(launch_stem_cuda(p, call.stream()));
+}
+
+}  // namespace
+
+void stem_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const Chain chain = read(stack);
+  const Conv& conv = chain.convs[0];
+  const Sizes s = check_chain(chain);
+  const CudaCall call(chain.op, chain.x);
+  const Sizes sizes{s[0], s[1], (s[2] + 1) / 2, (s[3] + 1) / 2};
+  const Tensor& x = chain.x;
+  Tensor y = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
+  const Tensor& w = conv.weight;
+  if (s[0] == 0) {
+    // nothing to compute
+  } else if (stem_fits(x.size(1), s[1], w.size(2), w.size(3), conv.stride, conv.padding,
+                       conv.dilation, conv.groups)) {
+    run_stem_kernel(call, conv, x, y);
+  } else {
+    const Tensor dense = laid_out(x, channels_last_strides(x.shape()), x.dtype());
+    // The ReLU comes with the maximum.
+    const Tensor h = run_conv_cuda(call, conv, dense, Tensor(), false);
+    call.check(launch_relu_max_pool_cuda(
+        {h.data(), y.mutable_data(), s[0], s[2], s[3], s[1], dtype_of(x)}, call.stream()));
+  }
+  stack[0] = boxed(std::move(y));
+}
+#endif
 
 }  // namespace resnet_fused

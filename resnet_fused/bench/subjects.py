@@ -119,6 +119,15 @@ def expect(net: nn.Module, x: Tensor) -> Expectation:
         return Expectation(images, exact(x[list(images)].detach().cpu().double()))
 
 
+def factors(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Give the dtype that has as many bits as the factors of a convolution's products.
+
+    That is `dtype` itself, but float16 for float32 on a GPU where torch may round it to TF32.
+    """
+    tf32 = device_type == "cuda" and torch.backends.cudnn.allow_tf32
+    return torch.float16 if dtype == torch.float32 and tf32 else dtype
+
+
 def error_bound(eager_error: float, net: nn.Module, dtype: torch.dtype) -> float:
     """Say how wrong a fused network may be: 1.5 x eager's error plus a rounding floor.
 
@@ -130,9 +139,10 @@ def error_bound(eager_error: float, net: nn.Module, dtype: torch.dtype) -> float
     Args:
         eager_error: relative error of plain PyTorch in `dtype`, the larger of its two layouts.
         net: the network, for its number of convolutions.
-        dtype: what it computes in.
+        dtype: what it computes in; TF32 counts as float16.
     """
-    unit = ROUNDOFF[dtype]
+    device_type = next((p.device.type for p in net.parameters()), "cpu")
+    unit = ROUNDOFF[factors(dtype, device_type)]
     wide = unit <= ROUNDOFF[torch.float32]
     convs = sum(isinstance(m, nn.Conv2d) for m in net.modules())
     explained = (8 if wide else 2) * unit * math.sqrt(convs)

@@ -42,7 +42,8 @@ def bottleneck(
     """
     cb.check_same_dtype(x, conv1, "conv1")
     x = cb.autocast(x)
-    if use_reference(x, "bottleneck"):
+    groups = cb.most_groups(conv1, conv2, conv3, downsample)
+    if use_reference(x, "bottleneck", groups):
         _check(x, conv1, conv2, conv3, downsample)
         return reference.bottleneck(x, conv1, conv2, conv3, downsample)
     y: Tensor = torch.ops.resnet_fused.bottleneck.default(

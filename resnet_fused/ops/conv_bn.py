@@ -55,6 +55,15 @@ def flatten(conv: ConvBN) -> tuple[Any, ...]:
     return (*conv[:7], [*conv.stride, *conv.padding, *conv.dilation, conv.groups])
 
 
+def most_groups(*convs: ConvBN | None) -> int:
+    """The most groups of any of these convolutions."""
+    most = 1
+    for conv in convs:
+        if conv is not None and conv.groups > most:
+            most = conv.groups
+    return most
+
+
 def flatten_optional(conv: ConvBN | None) -> tuple[Any, ...]:
     """The dispatcher arguments of a convolution that may be absent: weight None, geometry empty."""
     return (None,) * 6 + (0.0, []) if conv is None else flatten(conv)

@@ -41,7 +41,7 @@ def conv_bn_act(
     cb.check_same_dtype(x, conv)
     x = cb.autocast(x)
     residual = None if residual is None else cb.autocast(residual)
-    if use_reference(x, "conv_bn_act"):
+    if use_reference(x, "conv_bn_act", conv.groups):
         _check(x, conv, residual)
         return reference.conv_bn_act(x, conv, residual, relu)
     y: Tensor = torch.ops.resnet_fused.conv_bn_act.default(x, *cb.flatten(conv), residual, relu)

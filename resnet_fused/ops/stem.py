@@ -36,7 +36,7 @@ def stem(x: Tensor, conv: ConvBN) -> Tensor:
     """
     cb.check_same_dtype(x, conv)
     x = cb.autocast(x)
-    if use_reference(x, "stem"):
+    if use_reference(x, "stem", conv.groups):
         cb.check_conv(x, conv)
         return reference.stem(x, conv)
     y: Tensor = torch.ops.resnet_fused.stem.default(x, *cb.flatten(conv))

@@ -53,11 +53,14 @@ def relu(y: Exact) -> Exact:
     return Exact(y.value.clamp_min(0), y.error, y.peak)
 
 
-def conv_bn(x: Exact, conv: ConvBN, dtype: torch.dtype, folded: bool = False) -> Exact:
+def conv_bn(x: Exact, conv: ConvBN, dtype: torch.dtype, products: str = "exact") -> Exact:
     """``bn(conv(x))`` before it is rounded.
 
-    ``folded``: the path rounds ``weight * scale`` and ``shift`` to the dtype it convolves in, which
-    adds one unit of that dtype to each.
+    ``products`` says how they are computed. ``exact``: of the inputs as they are, added as above.
+    ``folded``: ``weight * scale`` and ``shift`` are rounded to the dtype of the convolution, which
+    adds one unit of that dtype to each. ``tensor cores``: these may cut sums off where they do not
+    round them, another ``u`` for each product and sum; and float32 is rounded to TF32, 10 of 23
+    bits: each factor is off by at most 2**-11 of itself, a product by 2 * 2**-11 + 2**-22.
     """
     w = conv.weight.double()
     k = w[0].numel()
@@ -85,9 +88,12 @@ def conv_bn(x: Exact, conv: ConvBN, dtype: torch.dtype, folded: bool = False) ->
     # Per output: K products and sums, 5 operations for scale, 8 for shift, 2 to apply them.
     error = passed + (k + 7) * U * sums + per_channel(8 * U * (spread + beta.abs()))
     error = error + 2 * U * (sums + per_channel(shift.abs()))
-    if folded:
+    if products == "folded":
         unit = 2.0**-8 if dtype == torch.bfloat16 else U
         error = error + unit * (sums + per_channel(shift.abs()))
+    if products == "tensor cores":
+        lost = 2 * 2.0**-11 + 2.0**-22 if dtype == torch.float32 else 0.0
+        error = error + (k * U + lost) * sums
     return Exact(value, error + (k + 8) * TINY[dtype], x.peak)
 
 

@@ -101,7 +101,7 @@ class Op:
 
     name: str
     call: Callable[..., Tensor]
-    exact: Callable[..., Exact]  # (dtype, folded, *args, **kwargs) -> rounded result
+    exact: Callable[..., Exact]  # (dtype, products, *args, **kwargs) -> rounded result
     cases: tuple[Case, ...]
     flat: Callable[..., tuple[Any, ...]]  # the dispatcher's arguments
     terms: int = 6  # as in Source: fewer where convolutions follow each other

@@ -17,16 +17,19 @@ from harness.case import DTYPES, Case, Inputs, Op, Source
 from harness.table import TABLE
 from harness.views import VIEWS
 
-PATHS = ("auto", "onednn", "portable", "reference")
+# On a GPU, "cuda" sends copies of the tensors there.
+PATHS = ("auto", "onednn", "portable", "reference") + ("cuda",) * torch.cuda.is_available()
 
 
 def make(op: Op, case: Case, dtype: torch.dtype, integer: bool = False) -> Inputs:
     return case.make(Source(dtype, integer, seed=len(case.name), terms=op.terms))
 
 
-def is_folded(path: str, dtype: torch.dtype, inputs: Inputs) -> bool:
-    """True if a convolution of this call may have BatchNorm folded into rounded weights."""
-    return path != "reference"
+def products(path: str) -> str:
+    """How a path's convolutions may compute products, as harness.bounds names it."""
+    if path in ("cuda", "emulated"):
+        return "tensor cores"
+    return "exact" if path == "reference" else "folded"
 
 
 def floats(inputs: Inputs) -> list[Tensor]:
@@ -42,8 +45,8 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().flatten().view(torch.uint8)
 
 
-class Suite:
-    """Tests of one op."""
+class PathSuite:
+    """Tests of one op that every path must pass."""
 
     name: str
 
@@ -53,13 +56,15 @@ class Suite:
 
     @pytest.fixture(params=PATHS)
     def path(self, request: pytest.FixtureRequest, force_path: Any) -> Iterator[str]:
-        """Every implementation: what this CPU chooses, oneDNN, portable tiles, plain PyTorch."""
+        """Every implementation: what this CPU chooses, oneDNN, portable tiles, plain PyTorch, and
+        the GPU if there is one.
+        """
         with force_path(request.param):
             yield request.param
 
     def exact(self, path: str, dtype: torch.dtype, inputs: Inputs) -> Any:
         args, kwargs = inputs
-        return self.op.exact(dtype, is_folded(path, dtype, inputs), *args, **kwargs)
+        return self.op.exact(dtype, products(path), *args, **kwargs)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_within_the_derived_bound(self, dtype: torch.dtype, path: str) -> None:
@@ -132,6 +137,10 @@ class Suite:
             for t, copy in zip(floats(inputs), floats(copies), strict=True):
                 assert torch.equal(t, copy)
                 assert got.numel() == 0 or got.data_ptr() != t.data_ptr()
+
+
+class Suite(PathSuite):
+    """All tests of one op."""
 
     def test_threads_do_not_matter(self, force_path: Any) -> None:
         """Breaks if how the work is divided changes the order of a sum, bit for bit.

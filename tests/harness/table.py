@@ -18,9 +18,9 @@ from resnet_fused.ops.conv_bn import flatten, flatten_optional
 
 
 def _act(
-    x: Exact, conv: ConvBN, other: Exact | None, relu: bool, dtype: torch.dtype, folded: bool
+    x: Exact, conv: ConvBN, other: Exact | None, relu: bool, dtype: torch.dtype, products: str
 ) -> Exact:
-    y = bounds.conv_bn(x, conv, dtype, folded)
+    y = bounds.conv_bn(x, conv, dtype, products)
     if other is not None:
         y = bounds.add(y, other)
     return bounds.rounded(bounds.relu(y) if relu else y, dtype)
@@ -28,62 +28,62 @@ def _act(
 
 def _conv_bn_act(
     dtype: torch.dtype,
-    folded: bool,
+    products: str,
     x: Tensor,
     conv: ConvBN,
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> Exact:
     other = None if residual is None else bounds.stored(residual)
-    return _act(bounds.stored(x), conv, other, relu, dtype, folded)
+    return _act(bounds.stored(x), conv, other, relu, dtype, products)
 
 
-def _chain(dtype: torch.dtype, folded: bool, x: Tensor, *convs: ConvBN | None) -> Exact:
+def _chain(dtype: torch.dtype, products: str, x: Tensor, *convs: ConvBN | None) -> Exact:
     """A residual block; the last of ``convs`` is the downsample convolution or None."""
     *main, downsample = convs
     h = start = bounds.stored(x)
-    other = start if downsample is None else _act(start, downsample, None, False, dtype, folded)
+    other = start if downsample is None else _act(start, downsample, None, False, dtype, products)
     for conv in main[:-1]:
-        h = _act(h, conv, None, True, dtype, folded)
-    return _act(h, main[-1], other, True, dtype, folded)
+        h = _act(h, conv, None, True, dtype, products)
+    return _act(h, main[-1], other, True, dtype, products)
 
 
 def _basic_block(
     dtype: torch.dtype,
-    folded: bool,
+    products: str,
     x: Tensor,
     conv1: ConvBN,
     conv2: ConvBN,
     downsample: ConvBN | None = None,
 ) -> Exact:
-    return _chain(dtype, folded, x, conv1, conv2, downsample)
+    return _chain(dtype, products, x, conv1, conv2, downsample)
 
 
 def _bottleneck(
     dtype: torch.dtype,
-    folded: bool,
+    products: str,
     x: Tensor,
     conv1: ConvBN,
     conv2: ConvBN,
     conv3: ConvBN,
     downsample: ConvBN | None = None,
 ) -> Exact:
-    return _chain(dtype, folded, x, conv1, conv2, conv3, downsample)
+    return _chain(dtype, products, x, conv1, conv2, conv3, downsample)
 
 
-def _stem(dtype: torch.dtype, folded: bool, x: Tensor, conv: ConvBN) -> Exact:
-    y = _act(bounds.stored(x), conv, None, True, dtype, folded)
+def _stem(dtype: torch.dtype, products: str, x: Tensor, conv: ConvBN) -> Exact:
+    y = _act(bounds.stored(x), conv, None, True, dtype, products)
     # A maximum moves by no more than the largest error in its window.
     return Exact(F.max_pool2d(y.value, 3, 2, 1), F.max_pool2d(y.error, 3, 2, 1), y.peak)
 
 
-def _add_relu(dtype: torch.dtype, folded: bool, x: Tensor, y: Tensor) -> Exact:
+def _add_relu(dtype: torch.dtype, products: str, x: Tensor, y: Tensor) -> Exact:
     total = bounds.add(bounds.stored(x), bounds.stored(y))
     return bounds.rounded(bounds.relu(total), dtype)
 
 
 def _pool_linear(
-    dtype: torch.dtype, folded: bool, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    dtype: torch.dtype, products: str, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Exact:
     return bounds.rounded(bounds.pool_linear(bounds.stored(x), weight, bias), dtype)
 

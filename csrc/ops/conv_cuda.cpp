@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#ifdef RESNET_FUSED_CUDA
+#include "conv_cuda.h"
+
+#include <atomic>
+
+#include "../kernels/cuda/conv_plan.h"
+#include "layout.h"
+
+namespace resnet_fused {
+namespace {
+
+std::atomic<bool> batch_invariant{false};
+
+// K values: where they are, if a kernel can read them there, else as a dense fp32 copy.
+ChannelVector channel_vector(const Tensor& t, std::vector<Tensor>& copies) {
+  if (!t.defined()) return {nullptr, DType::f32};
+  const DType dtype = dtype_of(t);
+  const bool dense = t.size(0) <= 1 || t.stride(0) == 1;
+  if (dense && dtype != DType::f64) return {t.data(), dtype};
+  copies.push_back(laid_out(t, {1}, aoti_torch_dtype_float32()));
+  return {copies.back().data(), DType::f32};
+}
+
+// A convolution and its input, as a kernel's source.
+ConvSource source(const CudaCall& call, const Conv& conv, const Tensor& x,
+                  std::vector<Tensor>& copies) {
+  require(conv.groups == 1, call.op(), ": ", conv.name, "groups must be 1 on a GPU, got ",
+          conv.groups, "; use the function resnet_fused.", call.op(),
+          ", which computes grouped convolutions by plain PyTorch");
+  const Tensor& w = conv.weight;
+  copies.push_back(laid_out(w, channels_last_strides(w.shape()), x.dtype()));
+  ConvSource s{};
+  s.x = x.data();
+  s.weight = copies.back().data();
+  s.H = x.size(2);
+  s.W = x.size(3);
+  s.C = x.size(1);
+  s.R = w.size(2);
+  s.S = w.size(3);
+  for (int i = 0; i < 2; ++i) {
+    s.stride[i] = conv.stride[i];
+    s.padding[i] = conv.padding[i];
+    s.dilation[i] = conv.dilation[i];
+  }
+  s.bn = batch_norm(conv, copies);
+  return s;
+}
+
+// act(conv(x) + project(start) + residual); project may be null, residual absent.
+Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, const Conv* project,
+                   const Tensor& start, const Tensor& residual, bool relu) {
+  const DType dtype = dtype_of(x);
+  const Sizes sizes = conv.out_sizes(x.shape());
+  std::vector<Tensor> copies;
+  MmaConvParams p{};
+  p.source[0] = source(call, conv, x, copies);
+  p.sources = 1;
+  if (project != nullptr) {
+    p.source[1] = source(call, *project, start, copies);
+    p.sources = 2;
+  }
+  p.residual = residual.defined() ? residual.data() : nullptr;
+  p.N = sizes[0];
+  p.P = sizes[2];
+  p.Q = sizes[3];
+  p.K = sizes[1];
+  p.dtype = dtype;
+  p.relu = relu;
+  require(mma_conv_fits(p), call.op(), ": no kernel counts as far as ", conv.name,
+          "weight of shape ", Shape{conv.weight}, " on an input of shape ", Shape{x},
+          " needs: sizes, strides, paddings and dilations must be from 1 (padding: 0) to 2^28");
+  Tensor out = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
+  p.out = out.mutable_data();
+  p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant);
+  const int64_t bytes = mma_conv_workspace(p);
+  Tensor workspace;
+  if (bytes > 0) {
+    workspace = empty_strided({bytes / 4}, {1}, aoti_torch_dtype_float32(), x);
+    p.workspace = static_cast<float*>(workspace.mutable_data());
+  }
+  call.check(launch_mma_conv(p, call.stream()));
+  return out;
+}
+
+Tensor channels_last(const Tensor& t) {
+  return laid_out(t, channels_last_strides(t.shape()), t.dtype());
+}
+
+}  // namespace
+
+BatchNorm batch_norm(const Conv& conv, std::vector<Tensor>& copies) {
+  return {channel_vector(conv.bias, copies),        channel_vector(conv.bn_weight, copies),
+          channel_vector(conv.bn_bias, copies),     channel_vector(conv.running_mean, copies),
+          channel_vector(conv.running_var, copies), static_cast<float>(conv.eps)};
+}
+
+Tensor run_conv_cuda(const CudaCall& call, const Conv& conv, const Tensor& x,
+                     const Tensor& residual, bool relu) {
+  return launch_conv(call, conv, x, nullptr, Tensor(), residual, relu);
+}
+
+// The projection is a second source of the last convolution, so its output is never written.
+Tensor run_chain_cuda(const Chain& chain) {
+  const Sizes sizes = check_chain(chain);
+  const CudaCall call(chain.op, chain.x);
+  if (sizes[0] == 0) {
+    return empty_strided(sizes, channels_last_strides(sizes), chain.x.dtype(), chain.x);
+  }
+  const Tensor x = channels_last(chain.x);
+  Tensor shortcut;
+  if (chain.residual.defined()) {
+    shortcut = channels_last(chain.residual);
+  } else if (chain.add_x) {
+    shortcut = x.share();
+  }
+  Tensor h = x.share();
+  for (size_t i = 0; i + 1 < chain.convs.size(); ++i) {
+    h = run_conv_cuda(call, chain.convs[i], h, Tensor(), true);
+  }
+  const Conv* project = chain.downsample.present() ? &chain.downsample : nullptr;
+  return launch_conv(call, chain.convs.back(), h, project, x, shortcut, chain.relu);
+}
+
+}  // namespace resnet_fused
+
+void resnet_fused_set_batch_invariant(int on) { resnet_fused::batch_invariant = on != 0; }
+#endif

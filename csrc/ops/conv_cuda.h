@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Convolutions on a GPU.
+#pragma once
+
+#include "../kernels/mma_conv.h"
+#include "conv.h"
+#include "cuda.h"
+
+namespace resnet_fused {
+
+// The chain's result in channels_last.
+Tensor run_chain_cuda(const Chain& chain);
+
+// One convolution: act(conv(x) + residual), for x and residual in dense NHWC; residual may be
+// absent.
+Tensor run_conv_cuda(const CudaCall& call, const Conv& conv, const Tensor& x,
+                     const Tensor& residual, bool relu);
+
+// BatchNorm as the kernels read it. What they cannot read in place is copied; `copies` must live
+// until the launch.
+BatchNorm batch_norm(const Conv& conv, std::vector<Tensor>& copies);
+
+}  // namespace resnet_fused
+
+extern "C" {
+// Whether the order of every sum on a GPU follows from the layer alone (1), or from the batch as
+// well (0).
+__attribute__((visibility("default"))) void resnet_fused_set_batch_invariant(int on);
+}
