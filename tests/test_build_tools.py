@@ -3,32 +3,16 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from source_tree import build_tools
+
 NVCC_13 = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
-
-
-def build_tools(name: str) -> ModuleType:
-    """A module of build_tools; the root on sys.path would hide the installed package."""
-    if "build_tools" not in sys.modules:
-        folder = ROOT / "build_tools"
-        spec = importlib.util.spec_from_file_location(
-            "build_tools", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec and spec.loader
-        sys.modules["build_tools"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["build_tools"])
-    return importlib.import_module(f"build_tools.{name}")
 
 
 cuda_archs = build_tools("cuda_archs")

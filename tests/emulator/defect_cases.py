@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Launches that catch seeded defects: each raises if a kernel's result or conduct is wrong.
+
+Inputs are small integers, so that a right result is exact, and a NaN here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import mma_conv_cases as conv_cases
+import test_add_relu_kernel as add_relu_tests
+import test_pool_linear_kernel as pool_linear_tests
+import test_relu_max_pool_kernel as relu_max_pool_tests
+import test_stem_kernel as stem_tests
+import torch
+from emulated import Library
+from mma_conv_cases import Shape, square
+from torch import Tensor
+
+from harness.case import Source
+
+HALF, NAN = torch.float16, float("nan")
+
+
+class Wrong(Exception):
+    """A result that is not right: numeric, or reached by a slower way than there is."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+def compare(library: Library, got: Tensor, want: Tensor) -> None:
+    """Equal numbers, NaN at the same places, no bank conflict."""
+    want = want.to(got.dtype)
+    if not torch.equal(got.isnan(), want.isnan()):
+        raise Wrong("numeric")
+    if not torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0)):
+        raise Wrong("numeric")
+    if library.stats()["bank_conflicts"]:
+        raise Wrong("bank-conflicts")
+
+
+def conv(tile: int, shape: Shape, splits: int) -> Callable[[Library, int], None]:
+    """The tensor-core convolution; one pixel is NaN."""
+
+    def case(library: Library, seed: int) -> None:
+        problem = conv_cases.make(shape, HALF, seed, integer=True)
+        image = problem.images[0].clone()
+        image[0, 0, -1, -1] = NAN
+        problem = replace(problem, images=(image, *problem.images[1:]))
+        got = conv_cases.run(library, problem, tile, splits, seed)
+        compare(library, got, conv_cases.exact(problem).value)
+
+    return case
+
+
+def split_order(library: Library, seed: int) -> None:
+    """Numbers that round: the sum of the partial sums in their order, bit for bit."""
+    rows, channels, filters, splits = 20, 320, 64, 5
+    g = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, channels, generator=g).to(HALF) for n in (rows, filters))
+    # The first four parts cancel but for their rounding, which then shows beside a small fifth.
+    x[:, 128:256], weight[:, 128:256] = -x[:, :128], weight[:, :128]
+    x[:, 256:] /= 1024
+    with library.run(seed) as device:
+        one = {"H": 1, "W": 1, "C": channels, "R": 1, "S": 1}
+        one |= {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+        workspace = device.scratch(4 * splits * rows * filters)
+        out = device.out(torch.empty(rows, filters, dtype=HALF))
+        library.mma_conv(
+            source=[{"x": device.put(x), "weight": device.put(weight), **one}],
+            out=out,
+            workspace=workspace,
+            N=rows,
+            P=1,
+            Q=1,
+            K=filters,
+            dtype=HALF,
+            relu=False,
+            plan=(CONV["conv_split"][0], splits),
+        )
+        got, parts = device.get(out), device.get(workspace).view(torch.float32)
+    total = torch.zeros(rows * filters)
+    for part in parts.view(splits, -1):
+        total += part
+    compare(library, got, total.view(rows, filters))
+
+
+def stem(size: tuple[int, int], nan: bool) -> Callable[[Library, int], None]:
+    def case(library: Library, seed: int) -> None:
+        source = Source(HALF, integer=True, seed=seed)
+        x, c = source.image(1, 3, *size), stem_tests.stem_conv(source, 3, 64)
+        if nan:
+            x[0, 1, 11, 18 + 4 * seed] = NAN  # where an eighth tap would reach farther
+        want = stem_tests.exact(x, c).value
+        compare(library, stem_tests.run(library, seed, x, c, most_blocks=1), want)
+
+    return case
+
+
+def pool_linear(library: Library, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for n, c, k in ((1, 64, 5), (5, 132, 37)):
+        x = torch.randint(-3, 4, (n, 4, 8, c), generator=g).to(HALF)
+        weight = torch.randint(-1, 2, (k, c), generator=g).to(HALF)
+        x[0, 0, 0, 0] += 32  # means are multiples of 1 / 32: all sums are exact
+        got = pool_linear_tests.run(library, seed, x, weight, None)
+        compare(library, got, pool_linear_tests.exact(x, weight, None).value.float())
+
+
+def relu_max_pool(library: Library, seed: int) -> None:
+    x = relu_max_pool_tests.values(seed, 2, 6, 5, 16, dtype=HALF)
+    x[1, 3, 3, 3] = NAN
+    compare(library, relu_max_pool_tests.run(library, seed, x), relu_max_pool_tests.exact(x))
+
+
+def add_relu(misalign: int) -> Callable[[Library, int], None]:
+    def case(library: Library, seed: int) -> None:
+        x, y = torch.randn(2, 8 * 256 + 3).to(HALF)
+        x[17] = NAN
+        got = add_relu_tests.run(library, seed, x, y, (misalign, misalign, misalign))
+        compare(library, got, (x + y).relu())
+
+    return case
+
+
+# Kernel, shape, splits.
+CONV: dict[str, tuple[int, Shape, int]] = {
+    # Seven steps: the ring wraps. 43 rows of a 128-row tile are missing.
+    "conv_long": (1, Shape("", 1, 5, 17, 448, 64), 1),
+    # Two column tiles, the second of them with 8 columns; two row tiles, with 13 rows.
+    "conv_residual": (1, Shape("", 1, 3, 47, 64, 72), 1),
+    "conv_3x3": (3, Shape("", 2, 7, 6, 24, 72, **square(3)), 1),
+    "conv_dilated": (3, Shape("", 1, 9, 8, 64, 64, **square(3, 1, 2, 2)), 1),
+    "conv_narrow": (4, Shape("", 1, 5, 6, 33, 33, **square(3)), 1),
+    "conv_two": (6, Shape("", 1, 9, 9, 64, 72, C2=136), 1),
+    "conv_split": (3, Shape("", 1, 5, 5, 64, 72, **square(3)), 3),
+    "conv_split_two": (3, Shape("", 1, 5, 5, 64, 72, **square(3), C2=136), 4),
+}
+
+CASES: dict[str, Callable[[Library, int], None]] = {
+    **{name: conv(*arguments) for name, arguments in CONV.items()},
+    "conv_split_order": split_order,
+    "stem": stem((29, 33), nan=False),
+    "stem_nan": stem((31, 40), nan=True),
+    "pool_linear": pool_linear,
+    "relu_max_pool": relu_max_pool,
+    "add_relu": add_relu(0),
+    "add_relu_on_8_bytes": add_relu(4),
+}

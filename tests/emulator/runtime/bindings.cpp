@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The emulator and the kernels' launch functions for Python. A launch function takes its params
+// struct as keywords of the same names; pointers are numbers, or None.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "../../../csrc/kernels/add_relu.h"
+#include "../../../csrc/kernels/mma_conv.h"
+#include "../../../csrc/kernels/pool_linear.h"
+#include "../../../csrc/kernels/stem.h"
+#include "api.h"
+#include "test_kernels.h"
+
+namespace py = pybind11;
+
+namespace resnet_fused {
+
+#define RESNET_FUSED_MAYBE __attribute__((weak, visibility("hidden")))
+// Weak: a library of one kernel, such as one with a seeded defect, links without the others.
+RESNET_FUSED_MAYBE int launch_add_relu_cuda(const AddReluParams& p, void* stream);
+RESNET_FUSED_MAYBE int launch_mma_conv(const MmaConvParams& p, void* stream);
+RESNET_FUSED_MAYBE int launch_pool_linear_cuda(const PoolLinearParams& p, void* stream);
+RESNET_FUSED_MAYBE int launch_relu_max_pool_cuda(const ReluMaxPoolParams& p, void* stream);
+RESNET_FUSED_MAYBE int launch_stem_cuda(const StemParams& p, void* stream);
+
+}  // namespace resnet_fused
+
+std::map<std::string, emulator::TestLaunch>& emulator::test_kernels() {
+  static std::map<std::string, TestLaunch> all;
+  return all;
+}
+
+namespace {
+
+using namespace resnet_fused;
+
+DType dtype_of(const py::handle& v) {
+  const std::string name = py::str(v);
+  if (name == "torch.float32") return DType::f32;
+  if (name == "torch.bfloat16") return DType::bf16;
+  if (name == "torch.float16") return DType::f16;
+  throw py::value_error("dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+// Keywords, each to be taken once.
+class Fields {
+ public:
+  explicit Fields(const py::handle& fields) : left_(py::reinterpret_borrow<py::dict>(fields)) {
+    left_ = py::dict(**left_);  // a copy
+  }
+  py::object take(const char* name) {
+    if (!left_.contains(name)) throw py::type_error(std::string("missing argument ") + name);
+    return left_.attr("pop")(name);
+  }
+  py::object take(const char* name, py::object absent) {
+    return left_.attr("pop")(name, std::move(absent));
+  }
+  int64_t number(const char* name) { return take(name).cast<int64_t>(); }
+  DType dtype(const char* name) { return dtype_of(take(name)); }
+  // Absent or None: null.
+  template <typename T = void>
+  T* pointer(const char* name) {
+    const py::object v = take(name, py::none());
+    return v.is_none() ? nullptr : reinterpret_cast<T*>(v.cast<uintptr_t>());
+  }
+  template <int kCount>
+  void numbers(const char* name, int64_t (&to)[kCount]) {
+    const auto values = take(name).cast<std::vector<int64_t>>();
+    if (values.size() != kCount) {
+      throw py::value_error(std::string(name) + " must have " + std::to_string(kCount) +
+                            " numbers");
+    }
+    std::copy(values.begin(), values.end(), to);
+  }
+  ~Fields() noexcept(false) {
+    if (!left_.empty() && std::uncaught_exceptions() == 0) {
+      throw py::type_error("unknown arguments: " + std::string(py::str(py::list(left_))));
+    }
+  }
+
+ private:
+  py::dict left_;
+};
+
+// (pointer, dtype) or None.
+ChannelVector channel_vector(const py::object& v) {
+  if (v.is_none()) return {nullptr, DType::f32};
+  const auto pair = v.cast<py::tuple>();
+  if (pair[0].is_none()) return {nullptr, DType::f32};
+  return {reinterpret_cast<const void*>(pair[0].cast<uintptr_t>()), dtype_of(pair[1])};
+}
+
+BatchNorm batch_norm(const py::object& v) {
+  Fields f(v);
+  BatchNorm bn{};
+  bn.conv_bias = channel_vector(f.take("conv_bias", py::none()));
+  bn.weight = channel_vector(f.take("weight", py::none()));
+  bn.bias = channel_vector(f.take("bias", py::none()));
+  bn.mean = channel_vector(f.take("mean", py::none()));
+  bn.var = channel_vector(f.take("var", py::none()));
+  bn.eps = f.take("eps", py::float_(1e-5)).cast<float>();
+  return bn;
+}
+
+ConvSource conv_source(const py::handle& v) {
+  Fields f(v);
+  ConvSource s{};
+  s.x = f.pointer("x");
+  s.weight = f.pointer("weight");
+  s.H = f.number("H");
+  s.W = f.number("W");
+  s.C = f.number("C");
+  s.R = f.number("R");
+  s.S = f.number("S");
+  f.numbers("stride", s.stride);
+  f.numbers("padding", s.padding);
+  f.numbers("dilation", s.dilation);
+  s.bn = batch_norm(f.take("bn", py::dict()));
+  return s;
+}
+
+template <typename Params>
+int run(int (*launch)(const Params&, void*), const Params& p) {
+  if (launch == nullptr) throw py::import_error("this library has no such kernel");
+  py::gil_scoped_release unlocked;
+  return launch(p, nullptr);
+}
+
+int add_relu(const py::kwargs& kwargs) {
+  AddReluParams p{};
+  {
+    Fields f(kwargs);
+    p.x = f.pointer("x");
+    p.y = f.pointer("y");
+    p.out = f.pointer("out");
+    p.n = f.number("n");
+    p.dtype = f.dtype("dtype");
+  }
+  return run(launch_add_relu_cuda, p);
+}
+
+int relu_max_pool(const py::kwargs& kwargs) {
+  ReluMaxPoolParams p{};
+  {
+    Fields f(kwargs);
+    p.in = f.pointer("in_");
+    p.out = f.pointer("out");
+    p.N = f.number("N");
+    p.H = f.number("H");
+    p.W = f.number("W");
+    p.K = f.number("K");
+    p.dtype = f.dtype("dtype");
+  }
+  return run(launch_relu_max_pool_cuda, p);
+}
+
+int pool_linear(const py::kwargs& kwargs) {
+  PoolLinearParams p{};
+  {
+    Fields f(kwargs);
+    p.x = f.pointer("x");
+    p.pooled = f.pointer<float>("pooled");
+    p.weight = f.pointer("weight");
+    p.bias = f.pointer("bias");
+    p.out = f.pointer("out");
+    p.N = f.number("N");
+    p.HW = f.number("HW");
+    p.C = f.number("C");
+    p.K = f.number("K");
+    p.x_dtype = f.dtype("x_dtype");
+    p.weight_dtype = f.dtype("weight_dtype");
+    const py::object bias_dtype = f.take("bias_dtype", py::none());
+    p.bias_dtype = bias_dtype.is_none() ? DType::f32 : dtype_of(bias_dtype);
+  }
+  return run(launch_pool_linear_cuda, p);
+}
+
+int stem(const py::kwargs& kwargs) {
+  StemParams p{};
+  {
+    Fields f(kwargs);
+    p.x = f.pointer("x");
+    f.numbers("x_strides", p.x_strides);
+    p.weight = f.pointer("weight");
+    f.numbers("weight_strides", p.weight_strides);
+    p.bn = batch_norm(f.take("bn", py::dict()));
+    p.out = f.pointer("out");
+    p.N = f.number("N");
+    p.C = f.number("C");
+    p.H = f.number("H");
+    p.W = f.number("W");
+    p.K = f.number("K");
+    p.dtype = f.dtype("dtype");
+    p.most_blocks = f.take("most_blocks", py::int_(p.most_blocks)).cast<int64_t>();
+  }
+  return run(launch_stem_cuda, p);
+}
+
+int mma_conv(const py::kwargs& kwargs) {
+  MmaConvParams p{};
+  {
+    Fields f(kwargs);
+    const auto sources = f.take("source").cast<py::list>();
+    p.sources = static_cast<int>(sources.size());
+    if (p.sources < 1 || p.sources > 2) throw py::value_error("source must have 1 or 2 entries");
+    for (int i = 0; i < p.sources; ++i) p.source[i] = conv_source(sources[i]);
+    p.residual = f.pointer("residual");
+    p.out = f.pointer("out");
+    p.workspace = f.pointer<float>("workspace");
+    p.N = f.number("N");
+    p.P = f.number("P");
+    p.Q = f.number("Q");
+    p.K = f.number("K");
+    p.dtype = f.dtype("dtype");
+    p.relu = f.take("relu").cast<bool>();
+    const auto plan = f.take("plan").cast<std::vector<int>>();
+    if (plan.size() != 2) throw py::value_error("plan must be (tile, splits)");
+    p.plan.tile = plan[0];
+    p.plan.splits = plan[1];
+  }
+  return run(launch_mma_conv, p);
+}
+
+int test_kernel(const std::string& name, const std::vector<uintptr_t>& pointers,
+                const std::vector<int64_t>& numbers, const std::vector<int64_t>& grid, int threads,
+                int64_t shared_bytes) {
+  emulator::TestArguments a{};
+  for (size_t i = 0; i < pointers.size(); ++i) a.p[i] = reinterpret_cast<void*>(pointers.at(i));
+  for (size_t i = 0; i < numbers.size(); ++i) a.n[i] = numbers.at(i);
+  const emulator::TestShape shape{{grid.at(0), grid.at(1), grid.at(2)}, threads, shared_bytes};
+  const auto launch = emulator::test_kernels().at(name);
+  py::gil_scoped_release unlocked;
+  return launch(shape, a);
+}
+
+emulator::BufferKind kind_of(const std::string& name) {
+  if (name == "input") return emulator::BufferKind::input;
+  if (name == "output") return emulator::BufferKind::output;
+  return emulator::BufferKind::scratch;
+}
+
+const void* at(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+
+py::list findings() {
+  py::list all;
+  for (const auto& f : emulator::take_findings()) {
+    py::dict d;
+    d["kind"] = f.kind;
+    d["text"] = f.text;
+    d["kernel"] = f.kernel;
+    d["block"] = py::make_tuple(f.block[0], f.block[1], f.block[2]);
+    d["thread"] = f.thread;
+    d["program"] = f.program;
+    all.append(d);
+  }
+  return all;
+}
+
+py::dict counters() {
+  const emulator::Counters c = emulator::counters();
+  py::dict d;
+  d["launches"] = c.launches;
+  d["blocks"] = c.blocks;
+  d["barriers"] = c.barriers;
+  d["mma"] = c.products;
+  d["ldmatrix"] = c.matrix_loads;
+  d["bank_conflicts"] = c.bank_conflicts;
+  d["copied_bytes"] = c.copied_bytes;
+  d["read_bytes"] = c.read_bytes;
+  d["written_bytes"] = c.written_bytes;
+  d["shared_bytes"] = c.shared_bytes;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulator_native, m) {
+  m.def("configure", [](uint64_t seed, bool strict, int workers) {
+    emulator::configure({seed, strict, workers});
+  });
+  m.def("checks_every_access", emulator::checks_every_access);
+  m.def("findings", findings);
+  m.def("counters", counters);
+  m.def("reset_counters", emulator::reset_counters);
+  m.def("allocate", [](size_t bytes, const std::string& kind, size_t misalign) {
+    return reinterpret_cast<uintptr_t>(emulator::allocate(bytes, kind_of(kind), misalign));
+  });
+  m.def("mark_elements", [](uintptr_t address, const py::bytes& units) {
+    const auto view = std::string_view(units);
+    emulator::mark_elements(at(address), reinterpret_cast<const unsigned char*>(view.data()),
+                            view.size());
+  });
+  m.def("count_unwritten", [](uintptr_t p) { return emulator::count_unwritten(at(p)); });
+  m.def("release_buffers", emulator::release_buffers);
+  m.def("add_relu", add_relu);
+  m.def("mma_conv", mma_conv);
+  m.def("pool_linear", pool_linear);
+  m.def("relu_max_pool", relu_max_pool);
+  m.def("stem", stem);
+  m.def("test_kernel", test_kernel);
+}
