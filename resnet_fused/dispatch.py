@@ -18,6 +18,7 @@ import torch
 from resnet_fused import _extension
 
 BACKENDS = ("auto", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels take
 _forced = "auto"
 
 
@@ -125,7 +126,7 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups
         return Path("reference", "forced by backend('reference') or RESNET_FUSED_BACKEND")
     if not _extension.available():
         return Path("reference", _extension.why_not())
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return Path("reference", f"no kernel takes {dtype}")
     if device_type == "cpu":
         if op in ("add_relu", "pool_linear"):
@@ -164,6 +165,27 @@ def path_on(device: torch.device, dtype: torch.dtype, op: str, groups: int = 1) 
     if path.name == "cuda" and (problem := _extension.gpu_problem(device.index or 0)):
         return Path("reference", problem)
     return path
+
+
+def why_no_kernel(device: torch.device, dtype: torch.dtype, op: str, groups: int) -> str | None:
+    """Why a model on a GPU should call its own modules for ``op`` now; None if a kernel runs.
+
+    An op's reference path is the op's formula, computed in float32; the modules cost what eager
+    costs. Where the reference path is asked for, it is taken. On a CPU it always is: eager's own
+    bfloat16 convolutions can be wrong there.
+
+    Args:
+        device: a GPU.
+        dtype: of the weights; under autocast the ops compute in another.
+        op: name of the op.
+        groups: the most groups of any of its convolutions.
+    """
+    if _forced == "reference":
+        return None
+    if dtype in DTYPES and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    path = path_on(device, dtype, op, groups)
+    return path.reason if path.name == "reference" else None
 
 
 def use_reference(x: torch.Tensor, op: str, groups: int = 1) -> bool:

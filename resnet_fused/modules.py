@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
+from resnet_fused import dispatch
 from resnet_fused.ops.conv_bn import ConvBN
 
 # Frozen variants hold buffers of the same names and behave as BatchNorm in eval mode; each library
@@ -142,6 +143,7 @@ def why_plain(owner: nn.Module, site: Site) -> str | None:
     training = owner.training
     if training and not site.paths:
         return "training mode"
+    weight, groups = None, 1
     for name, path in site.paths:
         module: Any = owner
         for part in path:
@@ -157,6 +159,13 @@ def why_plain(owner: nn.Module, site: Site) -> str | None:
             return "training mode" if training else f"'{name}' is in training mode"
         if has_hooks(module):
             return f"a hook on '{name}'"
+        if kind is nn.Conv2d:
+            weight = module._parameters["weight"]
+            groups = max(groups, module.groups)
+    if weight is not None and weight.is_cuda:
+        reason = dispatch.why_no_kernel(weight.device, weight.dtype, site.pattern, groups)
+        if reason is not None:
+            return reason
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "a global forward hook"
     if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:

@@ -6,6 +6,7 @@ have a device, shapes and strides, but no memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytest
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import resnet_fused
 from fuse_zoo import Basic, Bottle, Net
-from resnet_fused import _extension
+from resnet_fused import _extension, reference
 from resnet_fused.models import BasicBlock, Bottleneck, ResNet
 
 M = TypeVar("M", bound=nn.Module)
@@ -87,20 +88,48 @@ def test_models(block: Any, dtype: torch.dtype, called: list[str]) -> None:
     assert y.shape == (2, 10) and y.dtype == dtype and y.device == torch.device("cuda", 0)
 
 
+@pytest.fixture
+def no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops' reference path, which computes 16-bit types in float32, must not be taken."""
+    for op in ("conv_bn_act", "stem", "basic_block", "bottleneck"):
+        monkeypatch.delattr(reference, op)
+
+
+@pytest.mark.usefixtures("no_formula")
 def test_grouped_convolutions_run_plain(called: list[str]) -> None:
-    """Breaks if ResNeXt's blocks reach kernels without groups."""
+    """Breaks if ResNeXt's blocks reach kernels without groups, or cost more than eager's."""
     y = model(Bottleneck, groups=32, width_per_group=4)(images())
     assert called == ["stem", "pool_linear"] and y.shape == (2, 10)
 
 
+@pytest.mark.usefixtures("no_formula")
 def test_strict_float32_runs_plain(called: list[str]) -> None:
-    """Breaks if TF32 is used against the user's setting."""
+    """Breaks if TF32 is used against the user's setting, or autocast is mistaken for float32."""
+    net, x = model(dtype=torch.float32), images(torch.float32)
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"
-        y = model(dtype=torch.float32)(images(torch.float32))
+        y = net(x)
+        assert called == ["pool_linear"] and y.shape == (2, 10)
+        called.clear()
+        with autocast(torch.bfloat16):
+            assert net(x).dtype == torch.bfloat16
+        assert called == network("basic_block")
     finally:
         torch.backends.cudnn.conv.fp32_precision = "tf32"
-    assert called == ["pool_linear"] and y.shape == (2, 10)
+
+
+@pytest.mark.usefixtures("no_formula")
+def test_a_library_without_cuda_runs_plain(
+    called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a CPU-only build makes a model on a GPU slower than eager's."""
+    monkeypatch.setattr(_extension, "_cuda", False)
+    for net in (model(), fused("basic_block", torch.float16)):
+        assert net(images()).device.type == "cuda" and called == []
+        why = "resnet_fused was built without CUDA, or torch was"
+        assert {r[2:] for r in resnet_fused.report(net)} == {(False, "plain", why)}
+        with resnet_fused.backend("reference"), pytest.raises(AttributeError):
+            net(images())  # asked for, so taken
 
 
 def fused(pattern: str, dtype: torch.dtype) -> nn.Module:
@@ -141,25 +170,31 @@ def test_report() -> None:
     reasons = {r.reason for r in resnet_fused.report(on_gpu(net, torch.float32))}
     assert reasons == {"float32 is multiplied as TF32"}
     rows = {r.name: r for r in resnet_fused.report(model(Bottleneck, groups=32, width_per_group=4))}
-    grouped = ("reference", "no CUDA kernel takes grouped convolutions")
+    grouped = ("plain", "no CUDA kernel takes grouped convolutions")
     assert all(rows[f"layer1.0.conv{i}"][3:] == grouped for i in (1, 2, 3))
     assert rows["conv1"].path == "cuda"
+
+
+@contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """``torch.autocast("cuda")``, which turns itself off where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", dtype)
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def test_autocast(called: list[str]) -> None:
     """Breaks if the ops compute in another dtype than eager's convolutions under autocast."""
     net, x = model(dtype=torch.float32), images(torch.float32)
-    # torch.autocast("cuda") turns itself off where there is no GPU.
-    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    try:
-        torch.set_autocast_enabled("cuda", True)
-        for want in (torch.float16, torch.bfloat16):
-            torch.set_autocast_dtype("cuda", want)
+    for want in (torch.float16, torch.bfloat16):
+        with autocast(want):
             called.clear()
             assert net(x).dtype == want and called == network("basic_block")
-    finally:
-        torch.set_autocast_enabled("cuda", enabled)
-        torch.set_autocast_dtype("cuda", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

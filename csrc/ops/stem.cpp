@@ -70,6 +70,7 @@ void run_stem_kernel(const CudaCall& call, const Conv& conv, const Tensor& x, co
   p.W = x.size(3);
   p.K = w.size(0);
   p.dtype = dtype_of(x);
+  p.most_blocks = 2 * call.multiprocessors();  // all resident at once
   call.check(launch_stem_cuda(p, call.stream()));
 }
 
