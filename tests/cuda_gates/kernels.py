@@ -7,10 +7,12 @@ Sources of a kernel's facts: ptxas's report (registers, memory), the PTX (launch
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +166,18 @@ def demangle(symbols: Sequence[str]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------ compiling
+# A new process counts the memory of the one that made it as its own peak, and pytest's is large. So
+# a small process stands between, and writes what its children needed.
+_MEASURE = """
+import json, resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024], file)
+sys.exit(status)
+"""
+
+
 def _compile_one(source: Path, arch: Any, folder: Path) -> Compiled:
     """One file for one architecture, with the build's own flags; raises if it does not compile."""
     one = tools().cuda._replace(archs=[arch._replace(ptx=False)], compress=[])
@@ -173,10 +187,12 @@ def _compile_one(source: Path, arch: Any, folder: Path) -> Compiled:
     cubin = keep / "out.cubin"
     command = [str(one.nvcc), *compile_.cuda_flags(tools(), one), "-cubin", "-Xptxas=-v"]
     command += ["--keep", "--keep-dir", str(keep), str(source), "-o", str(cubin)]
+    measured = keep / "measured.json"
+    measure = [sys.executable, "-I", "-S", "-c", _MEASURE, str(measured)]
     with (keep / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)  # for this child's time alone
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process = subprocess.run(
+            measure + command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False
+        )
     text = (keep / "log").read_text()
     if process.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile for sm_{name}:\n{text}")
@@ -193,9 +209,9 @@ def _compile_one(source: Path, arch: Any, folder: Path) -> Compiled:
         kernel.opcodes = code[kernel.symbol]
     for kernel, full in zip(kernels, demangle([k.symbol for k in kernels]), strict=True):
         kernel.name = short_name(full)
-    seconds = usage.ru_utime + usage.ru_stime
+    seconds, peak = json.loads(measured.read_text())
     notes = [f"{source.name} for sm_{name}: {note}" for note in notes]
-    return Compiled(kernels, notes, seconds, usage.ru_maxrss * 1024)
+    return Compiled(kernels, notes, seconds, peak)
 
 
 def compile_all(sources: Iterable[Path], archs: Iterable[Any], folder: Path) -> Compiled:
