@@ -30,6 +30,7 @@ from resnet_fused.ops import (
     stem,
 )
 from resnet_fused.report import report
+from resnet_fused.verify import VerificationError, verify
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "Bottleneck",
     "ConvBN",
     "ResNet",
+    "VerificationError",
     "add_relu",
     "backend",
     "basic_block",
@@ -60,6 +62,7 @@ __all__ = [
     "set_batch_invariant",
     "stem",
     "unfuse",
+    "verify",
     "wide_resnet101_2",
     "wide_resnet50_2",
 ]

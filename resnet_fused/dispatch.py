@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from resnet_fused import _extension
 
@@ -76,8 +77,9 @@ def set_batch_invariant(on: bool) -> None:
     bits. Applies to the CUDA kernels in the whole process, compiled models included, from the next
     call on.
 
-    On a CPU, bfloat16 results with AMX never depend on the batch; oneDNN, which computes the rest,
-    makes no such promise. Nor does cuDNN, where the path is ``reference``.
+    On a CPU, bfloat16 results with AMX never depend on the batch, grouped convolutions excepted;
+    oneDNN, which computes these and the rest, makes no such promise. Nor does cuDNN, where the path
+    is ``reference``.
 
     Args:
         on: the new setting; the environment variable ``RESNET_FUSED_BATCH_INVARIANT=1`` turns it on
@@ -188,11 +190,21 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, op: str, groups: int
     return path.reason if path.name == "reference" else None
 
 
-def use_reference(x: torch.Tensor, op: str, groups: int = 1) -> bool:
-    """True if ``op`` on ``x`` must run as plain PyTorch ops now.
-
-    TorchScript tracing and ONNX export need standard ops, whatever the device.
+def only_torch_ops() -> bool:
+    """True where only torch's own operations will do: in TorchScript and ONNX export, in function
+    transforms (``torch.func``), in forward-mode differentiation.
     """
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
+    return (
+        torch.jit.is_tracing()
+        or torch.jit.is_scripting()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+    )
+
+
+def use_reference(x: torch.Tensor, op: str, groups: int = 1) -> bool:
+    """True if ``op`` on ``x`` must run as plain PyTorch ops now."""
+    if only_torch_ops():
         return True
     return path_on(x.device, x.dtype, op, groups).name == "reference"

@@ -15,9 +15,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from resnet_fused.fusion.plan import Plan, current_plan, survey
+from resnet_fused.dispatch import only_torch_ops
+from resnet_fused.fusion.plan import Plan, current_plan, forgotten, survey
 from resnet_fused.fusion.steps import as_eager
 from resnet_fused.fusion.units import child, is_planned
 from resnet_fused.modules import Fused, Site
@@ -47,6 +48,42 @@ class Planned(Fused):
         return reduced
 
 
+class PlannedGraph(Planned):
+    """The mixin for a torch.fx.GraphModule, which writes its code into its class, and itself makes
+    its copies.
+    """
+
+    def _unfused(self, method: str, *args: Any) -> Any:
+        """Call a method as the original class; who calls the model meanwhile gets that, too."""
+        fused: Any = type(self)
+        self.__class__ = fused.fused_from
+        try:
+            return getattr(self, method)(*args)
+        finally:
+            self.__class__ = fused
+
+    def recompile(self) -> Any:
+        """Make the forward anew from ``graph``; the next call fuses it again."""
+        return self._unfused("recompile")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return _fused_graph(self._unfused("__deepcopy__", memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (_unpickled_graph, self._unfused("__reduce_ex__", protocol)[:2])
+
+
+def _fused_graph(module: nn.Module) -> nn.Module:
+    """A plain GraphModule as a fused one, whose plan is made at the first call."""
+    module._fuse_plan = forgotten()  # type: ignore[assignment]
+    module.__class__ = _planned_class(type(module))
+    return module
+
+
+def _unpickled_graph(function: Any, args: Any) -> nn.Module:
+    return _fused_graph(function(*args))
+
+
 _CLASSES: WeakValueDictionary[type, type[nn.Module]] = WeakValueDictionary()
 
 
@@ -58,7 +95,7 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)  # tools look at the parameters
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _wants_torch_ops():
+        if not only_torch_ops():
             plan = current_plan(self)
             if plan.takes(args, kwargs) and plan.why_plain(self) is None:
                 y = plan.run(self, *args)  # type: ignore[misc]
@@ -71,15 +108,11 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
         "fused_from": cls,
         "forward": forward,
     }
+    mixin = PlannedGraph if issubclass(cls, fx.GraphModule) else Planned
     metaclass: Any = type(cls)
-    fused: type[nn.Module] = metaclass(f"Fused{cls.__name__}", (Planned, cls), names)
+    fused: type[nn.Module] = metaclass(f"Fused{cls.__name__}", (mixin, cls), names)
     _CLASSES[cls] = fused
     return fused
-
-
-def _wants_torch_ops() -> bool:
-    """True where only torch's own operations will do: TorchScript tracing, function transforms."""
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _new(cls: type[nn.Module], *args: Any) -> Any:
@@ -93,7 +126,11 @@ def first_weight(module: nn.Module) -> torch.Tensor | None:
     return next((p for p in module.parameters() if p.dim() == 4), None)
 
 
-def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    inplace: bool = False,
+    verify: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+) -> nn.Module:
     """Make every convolution + BatchNorm (+ addition) + ReLU run as one call in eval mode.
 
     Parameters, buffers, names, hooks and ``state_dict`` keys stay as they are, weights stay live,
@@ -103,14 +140,46 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     Args:
         model: any module; what cannot be fused safely is left alone.
         inplace: change ``model`` itself; else a deep copy.
+        verify: positional arguments of ``model``, a tensor or a tuple of tensors. On these the
+            fused model is first compared with the original, see ``resnet_fused.verify``.
 
     Returns:
         The changed model. If there is nothing to fuse, it is unchanged and a warning says so.
+
+    Raises:
+        TypeError, ValueError: ``model`` is no module, or ``verify`` is nothing that it takes.
+        VerificationError: on ``verify`` the fused model is wrong; ``model`` stays as it is.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if verify is not None:
+        from resnet_fused.verify import verify as check  # which fuses, too
+
+        check(model, verify)
     if not inplace:
+        model = _copied(model)
+    fuse_in_place(model)
+    if not any(isinstance(m, Fused) for m in model.modules()):
+        warnings.warn(
+            f"nothing in {type(model).__name__} was fused; resnet_fused.report(model) says why",
+            stacklevel=2,
+        )
+    return model
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy in the same modes, which torch.fx.GraphModule's copies forget."""
+    modes = {name: m.training for name, m in model.named_modules()}
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
         model = copy.deepcopy(model)
+    for name, m in model.named_modules():
+        if m.training != modes.get(name, m.training):
+            m.training = modes[name]
+    return model
+
+
+def fuse_in_place(model: nn.Module) -> None:
+    """``fuse`` without a word."""
     plans = list(survey(model))
     parts: set[int] = set()  # read as part of their callers' plans
     for _, module, plan in plans:
@@ -123,12 +192,6 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         if id(module) in parts:
             _restore(module)
-    if not any(isinstance(m, Fused) for m in model.modules()):
-        warnings.warn(
-            f"nothing in {type(model).__name__} was fused; resnet_fused.report(model) says why",
-            stacklevel=2,
-        )
-    return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
+from torch.nn.modules.batchnorm import _NormBase
 
 from resnet_fused import dispatch
 from resnet_fused.ops.conv_bn import ConvBN
@@ -19,6 +20,9 @@ from resnet_fused.ops.conv_bn import ConvBN
 # has its own.
 FROZEN = ("FrozenBatchNorm2d",)
 STATISTICS = {"weight", "bias", "running_mean", "running_var"}
+QUANTISED = "it is quantised, or made ready for that, and there is no INT8"
+# timm's, which go on with their children ``drop`` and ``act``; fuse() takes them apart.
+WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def ends_in_activation(module: nn.Module) -> bool:
+    """True for timm's BatchNorms that run ``drop`` and ``act`` as well."""
+    kind = type(module)
+    named = kind.__name__ in WITH_ACTIVATION and kind.__module__.startswith("timm.")
+    return named and module._modules.keys() >= {"drop", "act"}
+
+
 # Modules with nothing to check beyond their exact type.
 PLAIN = frozenset(
     (nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity, nn.Flatten, nn.Sequential)
@@ -117,7 +128,8 @@ def why_not_fusible(module: nn.Module) -> str | None:
         if module._parameters.get("weight") is None:
             return "its weight is computed from other tensors"
         return None
-    if kind in NORMS:
+    act = kind not in PLAIN and ends_in_activation(module)
+    if kind in NORMS or (act and isinstance(module, _NormBase)):
         if module._buffers.get("running_mean") is None:
             return "BatchNorm without running statistics"
         return (
@@ -125,11 +137,13 @@ def why_not_fusible(module: nn.Module) -> str | None:
         )
     if kind in PLAIN:
         return None
-    if kind.__name__ in FROZEN:
+    if act or kind.__name__ in FROZEN:
         fits = (
             isinstance(getattr(module, "eps", None), float) and set(module._buffers) >= STATISTICS
         )
         return None if fits else f"{kind.__name__} without eps and the four usual buffers"
+    if kind.__module__.startswith("torch.ao."):
+        return QUANTISED
     return f"{kind.__name__} is not fused"
 
 
@@ -155,7 +169,7 @@ def why_plain(owner: nn.Module, site: Site) -> str | None:
             reason = why_not_fusible(module)
             if reason is not None:
                 return f"'{name}': {reason}"
-        if module.training and (training or kind in NORMS):
+        if module.training and (training or isinstance(module, _NormBase)):
             return "training mode" if training else f"'{name}' is in training mode"
         if has_hooks(module):
             return f"a hook on '{name}'"

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet_fused import dispatch
 from resnet_fused.fusion.plan import survey
 from resnet_fused.fusion.units import child, is_native, is_planned, original
-from resnet_fused.modules import Fused, Site, why_plain
+from resnet_fused.modules import QUANTISED, Fused, Site, why_plain
 
 
 class Row(NamedTuple):
@@ -120,6 +120,8 @@ def is_conv(module: nn.Module) -> bool:
     """True for anything that a reader would call a convolution."""
     if isinstance(module, _ConvNd):
         return True
+    if isinstance(module, torch.jit.ScriptModule):
+        return "Conv" in str(getattr(module, "original_name", ""))
     weight = getattr(module, "weight", None)
     if "conv" not in type(module).__name__.lower() or isinstance(module, (nn.Sequential, Fused)):
         return False
@@ -176,8 +178,11 @@ def _path(conv: nn.Module, claim: _Claim) -> dispatch.Path:
 
 def _row(name: str, conv: nn.Module, claims: list[_Claim]) -> Row:
     if not claims:
-        kind = type(conv).__name__
-        reason = f"{kind} is not called by any forward that could be read"
+        reason = f"{type(conv).__name__} is not called by any forward that could be read"
+        if isinstance(conv, torch.jit.ScriptModule):
+            reason = "TorchScript cannot be changed; fuse the model before"
+        elif type(conv).__module__.startswith("torch.ao."):
+            reason = QUANTISED
         return Row(name, "", False, "plain", reason)
     rank = min(c.rank for c in claims)
     best = [c for c in claims if c.rank == rank]

@@ -19,6 +19,7 @@ import fuse_zoo
 from fuse_spy import ALL, calls, close, make
 from fuse_zoo import Basic, Bottle, ConvNorm, DataDependent, Net, image, randomise
 from resnet_fused.fuse import fuse, unfuse
+from resnet_fused.modules import Fused
 from resnet_fused.report import report
 
 one_thread = fuse_zoo.one_thread
@@ -139,6 +140,40 @@ def test_deepcopy_and_pickle(calls: list[str]) -> None:
         assert not torch.equal(c(image()), want)
         assert type(unfuse(c)) is Net
     assert torch.equal(fused(image()), want)
+
+
+def test_graph_module(calls: list[str]) -> None:
+    """A fused torch.fx.GraphModule, as feature extractors are, cannot be copied, pickled or edited:
+    it keeps its code in its class, which fuse() replaces.
+    """
+    plain = torch.fx.symbolic_trace(make()).eval()
+    cls = type(plain)
+    again = [copy.deepcopy, fuse]
+    try:
+        pickle.dumps(plain)
+        again.append(lambda m: pickle.loads(pickle.dumps(m)))
+    except AttributeError:  # torch 2.13 cannot
+        pass
+    fused = fuse(plain, inplace=True)
+    with torch.no_grad():
+        want = fused(image())
+        assert calls == ALL
+        for c in (make_again(fused) for make_again in again):
+            calls.clear()
+            c.eval()  # torch.fx's own copies forget the mode
+            assert torch.equal(c(image()), want) and calls == ALL
+            assert list(c.state_dict()) == list(fused.state_dict())
+            assert not isinstance(unfuse(c), Fused)
+            close(c(image()), want)
+        output = next(n for n in fused.graph.nodes if n.op == "output")
+        with fused.graph.inserting_before(output):
+            output.replace_input_with(
+                output.args[0], fused.graph.call_function(torch.neg, (output.args[0],))
+            )
+        fused.recompile()
+        calls.clear()
+        assert torch.equal(fused(image()), -want) and calls == ALL
+    assert type(unfuse(fused)) is cls
 
 
 def test_state_dict_is_the_same() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import fuse_zoo
 from fuse_zoo import Basic, Bottle, HelperBlock, Net, image, randomise
 from resnet_fused import dispatch
 from resnet_fused.fuse import fuse
+from resnet_fused.models import resnet18
 from resnet_fused.report import report
 
 one_thread = fuse_zoo.one_thread
@@ -160,3 +162,87 @@ def test_meta_and_fake_tensors() -> None:
     meta = fused.to("meta")
     assert meta(torch.empty(3, 3, 64, 64, device="meta")).shape == (3, 10)
     assert all(r.fused and r.path == "reference" for r in report(meta))
+
+
+def own() -> tuple[nn.Module, nn.Module]:
+    """A model written with the ops, and a copy that a hook keeps from calling any of them."""
+    model = randomise(resnet18(num_classes=3)).double()
+    plain = copy.deepcopy(model)
+    for m in plain.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.register_forward_hook(lambda mod, args, y: None)
+    return plain, model
+
+
+@pytest.mark.parametrize("pair", [make, own])
+def test_function_transforms(pair: Any) -> None:
+    """A derivative is zero, as that of an op without a forward-mode formula may be, or raises."""
+    plain, fused = (m.double() for m in pair())
+    x = image(2, 32).double()
+    for transform in (
+        lambda m: torch.func.grad(lambda v: m(v).square().sum())(x),
+        lambda m: torch.func.jvp(m, (x,), (x.cos(),))[1],
+        lambda m: torch.func.jacrev(lambda v: m(v)[:, 0])(x),
+        lambda m: torch.vmap(m)(torch.stack((x, x + 1))),
+    ):
+        want, got = transform(plain), transform(fused)
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("pair", [make, own])
+def test_forward_mode(pair: Any) -> None:
+    """Dual tensors lose their tangent or raise, where eager differentiates."""
+    tangents, x = [], image(2, 32).double()
+    for m in pair():
+        m.double()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x.cos())
+            tangents.append(forward_ad.unpack_dual(m(dual)).tangent)
+    assert tangents[0].abs().max() > 0
+    torch.testing.assert_close(tangents[1], tangents[0])
+
+
+@pytest.mark.parametrize("pair", [make, own])
+def test_second_derivative(pair: Any) -> None:
+    """The gradient's gradient, which gradient penalties need, is missing or wrong."""
+    results = []
+    for m in pair():
+        m.double()
+        x = image(2, 32).double().requires_grad_()
+        (g,) = torch.autograd.grad(m(x).square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+        results.append(x.grad)
+    assert results[0].abs().max() > 0
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_deterministic_algorithms() -> None:
+    """An op is refused in deterministic mode, or gives other bits from call to call."""
+    plain, fused = make()
+    torch.use_deterministic_algorithms(True)
+    try:
+        ys = [fused(image()) for _ in range(3)]
+        close(ys[0], plain(image()))
+        assert all(torch.equal(y, ys[0]) for y in ys)
+        for m in (plain, fused):
+            m(image()).square().sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-5 * a.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_dtypes_are_eagers(dtype: torch.dtype) -> None:
+    """A result or a block's output has another dtype than eager gives it under autocast."""
+    plain, fused = make()
+    seen: list[list[torch.dtype]] = [[], []]
+    for m, dtypes in zip((plain, fused), seen, strict=True):
+        for child in (m.layer1[0], m.layer1[2], m):
+            child.register_forward_hook(lambda mod, args, y, d=dtypes: d.append(y.dtype))
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            m(image())
+            m(image().to(dtype))
+            m(image()[:1])
+    assert seen[0] == seen[1] and dtype in seen[0]

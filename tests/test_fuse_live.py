@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fuse_zoo
 from fuse_spy import ALL, calls, close, make
-from fuse_zoo import image, randomise
+from fuse_zoo import Basic, Bottle, HelperBlock, Net, image, randomise
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.report import report
 
@@ -220,3 +220,49 @@ def test_gradients() -> None:
     torch.testing.assert_close(xs[1].grad, xs[0].grad)
     for (name, a), (_, b) in zip(*(m.named_parameters() for m in (plain, fused)), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+def test_copy_made_in_inference_mode(calls: list[str]) -> None:
+    """The copy's weights are inference tensors, so that it can never be trained."""
+    plain = make()
+    with torch.inference_mode():
+        fused = fuse(plain)
+        fused(image())
+    assert calls == ALL
+    assert not any(t.is_inference() for t in fused.state_dict().values())
+    fused.train()(image()).sum().backward()
+
+
+def test_moving_average_is_swapped_in(calls: list[str]) -> None:
+    """An average of the weights is not fused, or swapping it in and out has no effect."""
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    plain = make()
+    fused = fuse(plain)
+    kept = []
+    for m in (plain, fused):
+        ema = torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=average, use_buffers=True)
+        ema.update_parameters(m)
+        change_in_place(m)
+        ema.update_parameters(m)
+        raw = {k: v.clone() for k, v in m.state_dict().items()}
+        ys = [ema.eval()(image()), m(image())]
+        m.load_state_dict(ema.module.state_dict())
+        ys.append(m(image()))
+        m.load_state_dict(raw)
+        kept.append([*ys, m(image())])
+    assert calls == ALL * 4
+    assert torch.equal(kept[1][0], kept[1][2]) and torch.equal(kept[1][1], kept[1][3])
+    assert not torch.allclose(kept[1][0], kept[1][1])
+    for want, got in zip(*kept, strict=True):
+        close(got, want)
+
+
+def test_fused_on_meta_then_loaded(calls: list[str]) -> None:
+    """A model fused before it has weights does not find those that are loaded."""
+    plain = make()
+    with torch.device("meta"):
+        skeleton = Net(Basic(8, 8), HelperBlock(8, 4, 8), Bottle(8, 4, 16, 2)).eval()
+    fused = fuse(skeleton).to_empty(device="cpu")
+    fused.load_state_dict(plain.state_dict())
+    close(fused(image()), plain(image()))
+    assert calls == ALL

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fuse_zoo
-from fuse_zoo import Basic, Net, image, randomise
+from fuse_zoo import Basic, Net, conv3, image, randomise
 from resnet_fused.fuse import fuse
 from resnet_fused.report import report
 from test_fuse_refused import C, One, check, straight
@@ -36,6 +36,35 @@ def old_weight_norm() -> nn.Module:
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(m.conv)
     return m
+
+
+def spectral() -> nn.Module:
+    m = One(straight)
+    parametrizations.spectral_norm(m.conv)
+    return m
+
+
+def old_spectral_norm() -> nn.Module:
+    m = One(straight)
+    nn.utils.spectral_norm(m.conv)
+    return m
+
+
+def aware() -> nn.Module:
+    conv = torch.ao.nn.qat.Conv2d(C, C, 3, qconfig=torch.ao.quantization.get_default_qat_qconfig())
+    return One(straight, conv=conv)
+
+
+class Adapter(nn.Module):
+    """A convolution with a low-rank one beside it, as LoRA puts there."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down, self.up = nn.Conv2d(C, 1, 3, padding=1, bias=False), nn.Conv2d(1, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x)) * 0.5
 
 
 class MyConv(nn.Conv2d):
@@ -65,6 +94,10 @@ CHANGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "weight_norm": (old_weight_norm, "its weight is computed from other tensors"),
     "subclass of conv": (lambda: One(straight, conv=MyConv(C, C, 3)), "MyConv is not fused"),
     "subclass of norm": (lambda: One(straight, bn=MyNorm(C)), "'bn': MyNorm is not fused"),
+    "spectral_norm": (spectral, "ParametrizedConv2d is not fused"),
+    "old spectral_norm": (old_spectral_norm, "its weight is computed from other tensors"),
+    "low-rank adapter": (lambda: One(straight, conv=Adapter(conv3(C, C))), "goes to add"),
+    "quantisation-aware": (aware, "there is no INT8"),
     "patched forward": (patched, "its forward is replaced"),
 }
 
@@ -76,8 +109,33 @@ def test_changed_modules(name: str) -> None:
     make, reason = CHANGED[name]
     model = randomise(make())
     fused = fuse(model, inplace=True)
-    (row,) = report(fused)
-    assert not row.fused and reason in row.reason, row
+    rows = report(fused)
+    assert not any(r.fused for r in rows) and reason in rows[0].reason, rows[0]
+    assert [type(m) for m in fused.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "prune", "adapter"])
+def test_changed_after_fuse(change: str) -> None:
+    """A module that somebody parametrises, prunes or wraps later is still fused as it was."""
+    models = [randomise(Net(Basic(8, 8), width=8))]
+    models.append(fuse(models[0]))
+    for m in models:
+        torch.manual_seed(0)
+        if change == "weight_norm":
+            parametrizations.weight_norm(m.layer1[0].conv1)
+            m.layer1[0].conv1.parametrizations.weight.original0.data.mul_(2)
+        elif change == "prune":
+            prune.l1_unstructured(m.layer1[0].conv1, "weight", 0.5)
+        else:
+            beside = nn.Sequential(m.layer1[0].conv1, nn.Conv2d(8, 8, 1)).eval()
+            m.layer1[0].conv1 = beside
+    plain, fused = models
+    want = plain(image())
+    torch.testing.assert_close(fused(image()), want, rtol=0, atol=3e-6 * want.abs().max().item())
+    rows = {r.name: r for r in report(fused)}
+    assert rows["conv1"].fused
+    name = "layer1.0.conv1" + (".0" if change == "adapter" else "")
+    assert not rows[name].fused and rows[name].reason, rows[name]
 
 
 def test_block_with_another_forward() -> None:
@@ -91,7 +149,7 @@ def test_quantised_modules_are_listed() -> None:
     """An INT8 convolution is missing from the report, or taken for a float one."""
     q = torch.ao.nn.quantized.Conv2d(C, C, 1)
     rows = report(nn.Sequential(q, nn.ReLU()))
-    assert [(r.name, r.fused) for r in rows] == [("0", False)] and "Conv2d" in rows[0].reason
+    assert [(r.name, r.fused) for r in rows] == [("0", False)] and "INT8" in rows[0].reason
 
 
 def test_instance_forward_is_kept() -> None:

@@ -327,6 +327,17 @@ def guarded(m: One, x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:nothing in")
+def test_reading_a_forward_draws_no_random_numbers() -> None:
+    """Breaks if fuse() changes torch's random state, and with it whatever the user does next."""
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    model = One(UNREADABLE["random"][0])
+    torch.manual_seed(0)
+    fuse(model)
+    assert torch.equal(torch.rand(3), want)
+
+
+@pytest.mark.filterwarnings("ignore:nothing in")
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable(name: str) -> None:
     """A forward that does more than its graph says is replaced by the graph."""

@@ -60,6 +60,8 @@ def check(plain: nn.Module, size: int, least: float) -> None:
         ("seresnet50", 0.6),  # squeeze and excitation between the convolutions
         ("resnext50_32x4d", 1.0),
         ("ecaresnet26t", 0.6),
+        ("resnext26ts", 1.0),  # every norm is a BatchNormAct2d
+        ("regnetx_002", 1.0),
     ],
 )
 def test_timm(name: str, least: float) -> None:
@@ -69,11 +71,41 @@ def test_timm(name: str, least: float) -> None:
     check(timm.create_model(name, pretrained=False, num_classes=10), 64, least)
 
 
+@pytest.mark.parametrize("kind", ["frozen", "synchronised"])
+def test_timm_converted(kind: str) -> None:
+    """FrozenBatchNormAct2d or SyncBatchNormAct is left alone, or its activation is lost."""
+    timm = pytest.importorskip("timm")
+    from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+
+    torch.manual_seed(0)
+    convert = {"frozen": freeze_batch_norm_2d, "synchronised": convert_sync_batchnorm}[kind]
+    for name in ("regnetx_002", "resnet18"):
+        check(convert(timm.create_model(name, pretrained=False, num_classes=10).eval()), 64, 1.0)
+
+
 def test_timm_features() -> None:
     """features_only wraps the network and reads intermediates that a block call would hide."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     check(timm.create_model("resnet18", pretrained=False, features_only=True), 64, 0.9)
+
+
+def test_transformers_with_a_frozen_norm_of_its_own() -> None:
+    """One whose eps stands in its code is guessed; and the report must say what is in the way."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RTDetrResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
+    )
+    model = transformers.RTDetrResNetBackbone(config)
+    check(model, 64, 1.0)
+    from transformers.models.rt_detr.modeling_rt_detr import replace_batch_norm
+
+    replace_batch_norm(model)
+    rows = report(model)
+    assert {(r.pattern, r.reason) for r in rows} == {
+        ("", "its output goes to mul, not to a BatchNorm")
+    }
 
 
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])

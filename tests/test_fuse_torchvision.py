@@ -106,6 +106,12 @@ def test_feature_extractor() -> None:
     plain = create_feature_extractor(plain_model, nodes)
     check(plain, create_feature_extractor(fuse(plain_model), nodes), image(1, 64))
     check(plain, fuse(plain), image(1, 64))
+    fused = fuse(plain)
+    assert all(r.fused or r.name == "conv1" for r in report(fused))
+    assert [m.training for m in fused.modules()] == [False] * len(list(plain.modules()))
+    copied = copy.deepcopy(fused).eval()
+    check(plain, copied, image(1, 64))
+    assert report(copied).rows == report(fused).rows
 
 
 def test_fpn_backbone() -> None:
@@ -117,6 +123,34 @@ def test_fpn_backbone() -> None:
     rows = report(fused)
     assert all(r.fused == r.name.startswith("body.") for r in rows)
     check(plain, fused, image(1, 64))
+
+
+def test_detector() -> None:
+    """A whole Faster R-CNN: frozen BatchNorm in the backbone, lists of images in, boxes out."""
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    plain = torchvision.models.detection.FasterRCNN(backbone, 5, min_size=64, max_size=96)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    tame(plain.eval())
+    fused = fuse(plain)
+    rows = report(fused)
+    assert all(r.fused for r in rows if r.name.startswith("backbone.body."))
+    assert sum(r.fused for r in rows) == 53 and all(r.fused or r.reason for r in rows)
+    x = image(2, 64)
+    check(plain.backbone, fused.backbone, x)
+    with torch.no_grad():
+        want, got = plain(list(x)), fused(list(x))
+    assert [d.keys() for d in got] == [d.keys() for d in want] and len(got) == 2
+    for m in (plain, fused):
+        m.train()
+    boxes = [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}] * 2
+    losses = []
+    for m in (plain, fused):
+        torch.manual_seed(0)
+        losses.append(m(list(x), boxes))
+    assert all(torch.equal(losses[0][k], losses[1][k]) for k in losses[0])
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization")

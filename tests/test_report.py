@@ -126,3 +126,12 @@ def test_no_convolutions() -> None:
     """An empty table cannot be printed."""
     rows = report(fuse(nn.Linear(2, 2)))
     assert len(rows) == 0 and "0 of 0 convolutions fused" in str(rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript() -> None:
+    """A model that cannot be fused at all gets an empty report."""
+    traced = torch.jit.trace(randomise(Net(Basic(8, 8), width=8)), torch.randn(1, 3, 20, 20))
+    rows = report(fuse(nn.Sequential(traced), inplace=True))
+    assert [r.name for r in rows] == ["0.conv1", "0.layer1.0.conv1", "0.layer1.0.conv2"]
+    assert {r.reason for r in rows} == {"TorchScript cannot be changed; fuse the model before"}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules import activation, batchnorm, conv, pooling
 
+from resnet_fused.fusion import steps
 from resnet_fused.fusion.standins import IN_PLACE
 from resnet_fused.modules import FROZEN
 
@@ -60,7 +61,7 @@ def overwrites(node: fx.Node) -> bool | None:
     target: Any = node.target
     if target in IN_PLACE_OPERATORS:
         return True
-    if target is getattr or getattr(target, "__module__", "") == "_operator":
+    if target in (getattr, steps.norm_alone) or getattr(target, "__module__", "") == "_operator":
         return False
     name = getattr(target, "__name__", "")
     if _from_torch(target):
@@ -86,6 +87,8 @@ def makes_new(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _NEW_NAMES
     if node.op == "call_function":
+        if node.target is steps.norm_alone:
+            return True
         known = _from_torch(node.target) or getattr(node.target, "__module__", "") == "_operator"
         return known and getattr(node.target, "__name__", "") in _NEW_NAMES
     return False

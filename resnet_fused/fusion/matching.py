@@ -14,7 +14,7 @@ from resnet_fused.fusion import steps
 from resnet_fused.fusion.effects import Effects, IsClean, use_results
 from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.tracing import Trace
-from resnet_fused.fusion.units import is_conv, is_norm
+from resnet_fused.fusion.units import is_conv
 from resnet_fused.modules import Site, why_not_fusible
 
 
@@ -124,15 +124,16 @@ class Matcher:
         if bn is None:
             n = len((passed or [conv])[-1].users)
             return f"its output is read {n} times" if n else "its output is not used"
-        norm = self.nodes.module(bn)
-        if norm is None or not is_norm(norm):
+        norm = self.nodes.norm(bn)
+        if norm is None:
             if bn.target is F.batch_norm:
                 return "BatchNorm is called as a function"
             return f"its output goes to {self.nodes.name(bn)}, not to a BatchNorm"
-        reason = why_not_fusible(norm)
-        if reason or "forward" in norm.__dict__:
-            return f"'{bn.target}': {reason or 'its forward is replaced'}"
-        link = Link(conv.args[0], Pair(str(conv.target), str(bn.target)), [conv, *passed, bn])  # type: ignore[arg-type]
+        path, bn_module = norm
+        reason = why_not_fusible(bn_module)
+        if reason or "forward" in bn_module.__dict__:
+            return f"'{path}': {reason or 'its forward is replaced'}"
+        link = Link(conv.args[0], Pair(str(conv.target), path), [conv, *passed, bn])  # type: ignore[arg-type]
         after, passed = self.nodes.follow(bn)
         if self.nodes.is_relu(after):
             with_relu = Link(link.x, link.pair, [*link.nodes, *passed, after], True)  # type: ignore[list-item]
@@ -165,7 +166,7 @@ class Matcher:
             ]
             blocks = [li for li in longer if self._block_parts(li, result) is not None]
             for link in (blocks or longer)[:1]:
-                bn = next(n for n in link.nodes if n.target == link.pair.bn)
+                bn = next(n for n in link.nodes if n in result)
                 del result[bn]
                 result[link.end] = link
         return result
@@ -320,7 +321,11 @@ class Matcher:
 
     def _site(self, found: Found) -> Site:
         """The submodules of a call, with the containers read into the graph around them."""
-        paths = [str(n.target) for n in found.nodes if n.op == "call_module"]
+        paths = []
+        for node in found.nodes:
+            norm = self.nodes.norm(node)
+            if norm is not None or node.op == "call_module":
+                paths.append(str(node.target) if norm is None else norm[0])
         names: list[str] = []
         for path in paths:
             for inlined, module in self.trace.inlined.items():

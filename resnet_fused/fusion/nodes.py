@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from resnet_fused.fusion import steps
 from resnet_fused.fusion.effects import IN_PLACE_OPERATORS
 from resnet_fused.fusion.standins import MISSING, freeze
 from resnet_fused.fusion.tracing import Trace
+from resnet_fused.fusion.units import is_norm
 from resnet_fused.modules import pair
 
 _RELU = (F.relu, torch.relu, torch.relu_)
@@ -37,6 +39,14 @@ class Nodes:
         """The module that ``node`` calls with one tensor."""
         one = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         return self.modules[str(node.target)] if one and isinstance(node.args[0], fx.Node) else None
+
+    def norm(self, node: fx.Node) -> tuple[str, nn.Module] | None:
+        """Path and module of the BatchNorm that ``node`` calls with one tensor."""
+        if node.target is steps.norm_alone:
+            path = str(node.args[1].target)  # type: ignore[union-attr]
+            return path, self.modules[path]
+        module = self.module(node)
+        return None if module is None or not is_norm(module) else (str(node.target), module)
 
     def name(self, node: fx.Node) -> str:
         """``node`` in words."""

@@ -245,14 +245,16 @@ def plan_now(module: nn.Module) -> Plan:
 
 
 def _read(module: nn.Module) -> Trace | str:
-    try:
-        return read(module, inlinable)
-    except Refused:
-        pass  # perhaps only a helper could not be read
-    try:
-        return read(module, lambda m: inlinable(m, helpers=False))
-    except Refused as refused:
-        return str(refused)
+    # A forward may draw random numbers, and reading it runs that code.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return read(module, inlinable)
+        except Refused:
+            pass  # perhaps only a helper could not be read
+        try:
+            return read(module, lambda m: inlinable(m, helpers=False))
+        except Refused as refused:
+            return str(refused)
 
 
 def _watch_kinds(module: nn.Module) -> tuple[Watch, ...]:

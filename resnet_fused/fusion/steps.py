@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused import ops
@@ -37,6 +38,16 @@ def _dtype(x: Tensor) -> torch.dtype:
     """Dtype of a convolution of ``x``."""
     autocasts = autocast_on(x) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocasts else x.dtype
+
+
+def norm_alone(x: Tensor, bn: Any) -> Tensor:
+    """``bn(x)`` without the activation that ``bn`` goes on with."""
+    if isinstance(bn, _NormBase):
+        mean, var, weight, bias = bn.running_mean, bn.running_var, bn.weight, bn.bias
+        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, bn.eps)
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    bias = bn.bias - bn.running_mean * scale
+    return x * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
 
 
 def conv_bn_act(x: Tensor, conv: ConvBN, relu: bool) -> Tensor:

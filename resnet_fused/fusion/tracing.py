@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Scope, TracerBase
 
+from resnet_fused.fusion import steps
 from resnet_fused.fusion.standins import (
     CONTAINERS,
     INTERNAL,
@@ -31,6 +32,7 @@ from resnet_fused.fusion.standins import (
     stand_in_class,
 )
 from resnet_fused.fusion.units import original
+from resnet_fused.modules import ends_in_activation
 
 
 @dataclass
@@ -202,6 +204,11 @@ class Tracer(TracerBase):
             self.trace.inlined[path] = module
             return type(stand_in).forward(stand_in, *args, **kwargs)
         self.trace.modules[path] = module
+        if ends_in_activation(module) and "forward" not in module.__dict__ and not kwargs:
+            self.trace.inlined[path] = module
+            bn = self.create_proxy("get_attr", path, (), {})
+            normalised = self.create_proxy("call_function", steps.norm_alone, (*args, bn), {})
+            return stand_in.act(stand_in.drop(normalised))
         return self.create_proxy("call_module", path, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from resnet_fused.modules import FROZEN, Fused
+from resnet_fused.modules import FROZEN, Fused, ends_in_activation
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
@@ -39,7 +39,8 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """True for a BatchNorm of any kind, frozen ones and subclasses included."""
-    return isinstance(module, _NormBase) or original(module).__name__ in FROZEN
+    frozen = original(module).__name__ in FROZEN or ends_in_activation(module)
+    return frozen or isinstance(module, _NormBase)
 
 
 def is_native(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from resnet_fused import modules
+from resnet_fused.dispatch import only_torch_ops
 from resnet_fused.modules import Site, pair
 
 DOWN = ("downsample", "downsample.0", "downsample.1")
@@ -57,8 +58,10 @@ def in_place(owner: nn.Module, site: Site) -> Site | None:
 
 
 def why_plain(owner: nn.Module, site: Site, x: Any) -> str | None:
-    """``modules.why_plain``, and plain modules for symbolic tracing, which wants to see them."""
-    return "symbolic tracing" if isinstance(x, fx.Proxy) else modules.why_plain(owner, site)
+    """``modules.why_plain``, and plain modules for what wants to see them."""
+    if isinstance(x, fx.Proxy):
+        return "symbolic tracing"
+    return "only torch's operations" if only_torch_ops() else modules.why_plain(owner, site)
 
 
 def is_stem_pool(pool: nn.Module | None) -> bool:

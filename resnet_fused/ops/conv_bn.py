@@ -13,8 +13,8 @@ class ConvBN(NamedTuple):
     """One convolution and the BatchNorm behind it, as the live tensors of the two modules.
 
     Formula: ``bn(conv(x)) = (conv(x) + bias - running_mean) / sqrt(running_var + eps) * bn_weight +
-    bn_bias``. Without ``running_mean`` and ``running_var`` there is no BatchNorm: the result is
-    ``conv(x) + bias``.
+    bn_bias``. Without ``running_mean`` and ``running_var`` there is no BatchNorm, and no
+    ``bn_weight`` or ``bn_bias`` either: the result is ``conv(x) + bias``.
 
     The tensors are float32, bfloat16, float16 or float64, need not share a dtype, and may have any
     strides.
@@ -65,8 +65,9 @@ def most_groups(*convs: ConvBN | None) -> int:
 
 
 def flatten_optional(conv: ConvBN | None) -> tuple[Any, ...]:
-    """The dispatcher arguments of a convolution that may be absent: weight None, geometry empty."""
-    return (None,) * 6 + (0.0, []) if conv is None else flatten(conv)
+    """The dispatcher arguments of a convolution that may be absent: its weight is None then."""
+    # AOTInductor hands an empty list on as None, so an absent one has a geometry, too.
+    return (None,) * 6 + (0.0, [1, 1, 0, 0, 1, 1, 1]) if conv is None else flatten(conv)
 
 
 def unflatten(args: tuple[Any, ...]) -> ConvBN:
@@ -131,6 +132,12 @@ def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
             )
     if (conv.running_mean is None) != (conv.running_var is None):
         raise ValueError(f"{name}.running_mean and {name}.running_var must be given together")
+    for field, t in zip(ConvBN._fields[2:4], conv[2:4], strict=True):
+        if t is not None and conv.running_var is None:
+            raise ValueError(
+                f"{name}.{field} is a BatchNorm's and needs {name}.running_mean and "
+                f"{name}.running_var; give both, or leave {field} out"
+            )
     for field, t in zip(ConvBN._fields[1:6], conv[1:6], strict=True):
         if t is not None and tuple(t.shape) != (w.shape[0],):
             raise ValueError(f"{name}.{field} must have shape [{w.shape[0]}], got {tuple(t.shape)}")

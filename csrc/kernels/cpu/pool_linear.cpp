@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// pool_linear on the CPU. The sum over C runs in 16 lanes (lane i takes c = i mod 16) that are
-// added at the end, the rest of C behind them; four images share each load of the weights.
+// pool_linear on the CPU. The sum over pixels is one of sums of 32 pixels: on large maps a single
+// sum would lose digits to its own size. The sum over C runs in 16 lanes (lane i takes c = i mod 16)
+// that are added at the end, the rest of C behind them; four images share each load of the weights.
 #include "../pool_linear.h"
 
 #include "simd.h"
@@ -38,15 +39,22 @@ RESNET_FUSED_INLINE void store_any(void* p, int64_t i, float v, DType d) {
 
 template <DType D>
 RESNET_FUSED_INLINE void pool_images(const PoolLinearParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kChannels = 64, kPixels = 32;
+  const float count = static_cast<float>(p.HW);
   for (int64_t n = begin; n < end; ++n) {
-    float* sum = p.pooled + n * p.C;
-    for (int64_t c = 0; c < p.C; ++c) sum[c] = 0.0f;
-    for (int64_t i = 0; i < p.HW; ++i) {
-      const int64_t pixel = (n * p.HW + i) * p.C;
-      for (int64_t c = 0; c < p.C; ++c) sum[c] += load<D>(p.x, pixel + c);
+    for (int64_t c0 = 0; c0 < p.C; c0 += kChannels) {
+      const int64_t channels = p.C - c0 < kChannels ? p.C - c0 : kChannels;
+      float sum[kChannels] = {};
+      for (int64_t i0 = 0; i0 < p.HW; i0 += kPixels) {
+        float part[kChannels] = {};
+        for (int64_t i = i0; i < i0 + kPixels && i < p.HW; ++i) {
+          const int64_t pixel = (n * p.HW + i) * p.C + c0;
+          for (int64_t c = 0; c < channels; ++c) part[c] += load<D>(p.x, pixel + c);
+        }
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+      }
+      for (int64_t c = 0; c < channels; ++c) p.pooled[n * p.C + c0 + c] = sum[c] / count;
     }
-    const float count = static_cast<float>(p.HW);
-    for (int64_t c = 0; c < p.C; ++c) sum[c] /= count;
   }
 }
 

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What ``set_batch_invariant`` says about a CPU: own kernels give an image's bits in any batch.
+
+oneDNN computes the rest and promises nothing: grouped bfloat16 convolutions of 2 x 2 pixels differ
+from 7 images on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import resnet_fused
+from harness.case import DTYPES, Source
+from resnet_cases import images, small
+from resnet_fused import _extension, ops
+
+# Around what a tile, a group of tiles and a share of two or three threads hold.
+BATCHES = (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+TILES = ("portable",) + ("auto",) * _extension.amx()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads divide rows, filters or images, depending on how many there are of each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def assert_invariant(call: Callable[[Tensor], Tensor], x: Tensor, what: str) -> None:
+    alone = torch.cat([call(image) for image in x.split(1)])
+    for n in BATCHES:
+        assert torch.equal(call(x[:n]), alone[:n]), f"{what}: {n} images"
+    # The last rows of a batch, too: there tiles are incomplete.
+    assert torch.equal(call(x[3:10]), alone[3:10]), what
+
+
+CONVS: tuple[tuple[int, int, int, dict[str, Any], tuple[int, int]], ...] = (
+    (64, 64, 1, {}, (7, 7)),  # rows of several images in a tile
+    (64, 64, 3, {}, (5, 6)),
+    (64, 96, 3, {"stride": (2, 2)}, (9, 7)),
+    (256, 32, 1, {}, (1, 1)),  # few rows: rows and filters are divided among threads
+    (48, 40, 3, {}, (4, 3)),  # incomplete k-steps and blocks
+    (16, 16, 3, {"stride": (2, 2)}, (9, 2)),  # one pixel wide
+)
+
+
+@pytest.mark.parametrize("path", TILES)
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_tile_convolutions(case: Any, path: str, threads: int, force_path: Any) -> None:
+    """Breaks if how rows are shared out changes the order of a sum."""
+    c, k, window, options, hw = case
+    s = Source(torch.bfloat16)
+    x, conv = s.image(33, c, *hw), s.conv(c, k, window, **options)
+    with force_path(path):
+        assert_invariant(lambda x: ops.conv_bn_act(x, conv), x, str(case))
+
+
+@pytest.mark.parametrize("path", TILES)
+def test_tile_blocks(path: str, threads: int, force_path: Any) -> None:
+    """Breaks if a block that works piece by piece treats the pieces' borders differently."""
+    s = Source(torch.bfloat16)
+    x = s.image(33, 64, 7, 6)
+    basic = s.conv(64, 32, 3, stride=(2, 2)), s.conv(32, 32, 3), s.conv(64, 32, stride=(2, 2))
+    bottleneck = s.conv(64, 32), s.conv(32, 32, 3), s.conv(32, 64)
+    with force_path(path):
+        assert_invariant(lambda x: ops.basic_block(x, *basic), x, "basic_block")
+        assert_invariant(lambda x: ops.bottleneck(x, *bottleneck), x, "bottleneck")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_kernels_of_every_dtype(dtype: torch.dtype, threads: int) -> None:
+    """Breaks if the head or the addition divides one image's sum among threads."""
+    s = Source(dtype)
+    x, w, b = s.image(33, 65, 3, 2), s.normal(7, 65), s.normal(7)
+    assert_invariant(lambda x: ops.pool_linear(x, w, b), x, "pool_linear")
+    assert_invariant(lambda x: ops.add_relu(x, x), x, "add_relu")
+
+
+@pytest.mark.parametrize("path", TILES)
+def test_network(path: str, threads: int, force_path: Any) -> None:
+    """Breaks if anything between the ops looks at the batch."""
+    for block in (resnet_fused.BasicBlock, resnet_fused.Bottleneck):
+        model, x = small(block).bfloat16(), images(5, 3, 33, 20, dtype=torch.bfloat16)
+        with torch.inference_mode(), force_path(path):
+            alone = torch.cat([model(image) for image in x.split(1)])
+            for n in (2, 5):
+                assert torch.equal(model(x[:n]), alone[:n]), n
