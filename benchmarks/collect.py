@@ -107,6 +107,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
 
+    machine.select(args.device)
     facts = machine.describe(args.device)
     print(machine.headline(facts))
     for complaint in machine.complaints():

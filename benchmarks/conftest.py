@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Grade the machine before anything is timed."""
+    machine.select(config.getoption("--device"))
     facts = machine.describe(config.getoption("--device"))
     return [machine.headline(facts), *(f"warning: {text}" for text in machine.complaints())]
 

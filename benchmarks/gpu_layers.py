@@ -259,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.why_no_device(args.device)
     if reason:
         parser.error(f"--device {reason}")
+    machine.select(args.device)
     if args.quick:
         args.size = 32
         args.settings = "fp16:1" if gpu_timing.is_cuda(args.device) else "fp32:1"

@@ -225,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.why_no_device(args.device)
     if reason:
         parser.error(f"--device {reason}")
+    machine.select(args.device)
     if args.quick:
         args.models, args.size, args.batches, args.setting_s = "resnet18", 32, "2,1", 0.2
         args.dtypes = args.dtypes if gpu_timing.is_cuda(args.device) else "fp32"

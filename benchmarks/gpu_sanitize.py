@@ -4,6 +4,9 @@
 Inputs are made and results judged on the CPU, so that next to our kernels only copies run on the
 GPU. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, at whose end an
 access out of bounds is noticed.
+
+A GPU's plans for such small inputs are few, so each kernel of the convolution gets its calls by a
+plan that is forced.
 """
 
 from __future__ import annotations
@@ -12,14 +15,23 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from resnet_fused import dispatch
+from resnet_fused import _extension, dispatch
 from resnet_fused.bench import expected, machine, op_cases
 from resnet_fused.bench.op_cases import Case
 from resnet_fused.bench.subjects import DTYPES
 from resnet_fused.ops import ConvBN
+
+# Tiles of csrc/kernels/cuda/conv_plan.h, by the sources they take.
+ONE_SOURCE, TWO_SOURCES = range(5), range(5, 8)
+NARROW = (4, 7)
+# In one part or in three, so that of two sources one is split itself.
+PLANS = (*((tile, n) for tile in ONE_SOURCE for n in (1, 3)), *((tile, 1) for tile in TWO_SOURCES))
+Plan = tuple[int, int]
 
 
 def to_device(value: object, device: str) -> object:
@@ -49,15 +61,55 @@ def cases(dtype: torch.dtype, *, quick: bool) -> Iterator[Case]:
         yield from chosen[:: len(chosen) // 2 or 1] if quick else chosen
 
 
+def planned(dtype: torch.dtype) -> Iterator[tuple[Plan, Case]]:
+    """Each plan of the convolution with what it can make: every kernel, and every way to split.
+
+    The projection block has a 1x1 and a strided 3x3 convolution for the kernels of one source, and
+    its last convolution for those of two; sizes leave rest rows, columns and channels everywhere.
+    """
+    draw = op_cases.Draw(dtype, "cpu", torch.channels_last, seed=0)
+    for plan in PLANS:
+        tile, _ = plan
+        for kind in ("wide", "narrow") if tile in NARROW else ("wide",):
+            c, mid, out = (72, 136, 72) if kind == "wide" else (33, 35, 65)
+            convs = draw.conv(c, mid, 1), draw.conv(mid, mid, 3, 2), draw.conv(mid, out, 1)
+            args = (draw.image(2, c, 9, 7), *convs, draw.conv(c, out, 1, 2))
+            yield plan, Case("bottleneck", f"{kind}, plan {plan}", args, {})
+            if tile in ONE_SOURCE:
+                args = (draw.image(2, c, 9, 8), draw.conv(c, mid, 3))
+                residual = {"residual": draw.image(2, mid, 9, 8)}
+                yield plan, Case("conv_bn_act", f"{kind}, plan {plan}", args, residual)
+
+
+@contextmanager
+def forced(plan: Plan, library: Any) -> Iterator[None]:
+    """Every convolution on a GPU that can follow this plan does."""
+    library.resnet_fused_force_mma_plan(*plan)
+    try:
+        yield
+    finally:
+        library.resnet_fused_force_mma_plan(-1, 1)
+
+
 def check(case: Case, dtype: torch.dtype, device: str) -> str:
-    """Run a case; what is wrong with its result, or nothing."""
+    """Run a case; what is wrong with its result or its path, or nothing."""
+    path = dispatch.path_on(torch.device(device), dtype, case.op)
+    if path.name == "reference":
+        return f"{case.op} {dtype} ran no kernel: {path.reason}"
     result = moved(case, device).run().cpu()
     error, bound = case.expect(expected.roundings(dtype, device)).worst(result)
     return "" if error <= bound else f"{case.op} {case.name} {dtype}: {error:.2e} > {bound:.2e}"
 
 
+def check_planned(dtype: torch.dtype, device: str, library: Any) -> Iterator[str]:
+    """The outcome of `check` for each plan's cases."""
+    for plan, case in planned(dtype):
+        with forced(plan, library):
+            yield check(case, dtype, device)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all cases; 1 if a result was wrong or no kernel of ours ran."""
+    """Run all cases; 1 if a result was wrong, or a call ran no kernel of ours."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtypes", default="fp16,bf16,fp32")
@@ -66,23 +118,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.why_no_device(args.device)
     if reason:
         parser.error(f"--device {reason}")
+    machine.select(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    device_type, paths, count = torch.device(args.device).type, Counter[str](), 0
-    wrong: list[str] = []
+    calls, outcomes = Counter[str](), Counter[str]()
     with torch.inference_mode():
         for name in args.dtypes.split(","):
             dtype = DTYPES[name]
-            for case in cases(dtype, quick=args.quick):
-                paths[dispatch.choose(device_type, dtype, case.op).name] += 1
-                wrong += filter(None, [check(case, dtype, args.device)])
-                count += 1
-    print(f"{count} calls, by path: {dict(paths)}")
-    for text in wrong:
+            found = [check(case, dtype, args.device) for case in cases(dtype, quick=args.quick)]
+            if torch.device(args.device).type == "cuda":
+                found += check_planned(dtype, args.device, _extension._library)
+            calls[name] += len(found)
+            outcomes.update(found)
+    print(f"calls: {dict(calls)}")
+    for text in filter(None, outcomes):
         print(f"WRONG: {text}")
-    only_reference = set(paths) == {"reference"}
-    if only_reference:
-        print("WRONG: every call took the reference path, so no kernel was looked at")
-    return 1 if wrong or only_reference else 0
+    return 1 if any(outcomes.keys()) else 0
 
 
 if __name__ == "__main__":

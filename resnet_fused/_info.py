@@ -20,13 +20,15 @@ def info() -> dict[str, Any]:
     Returns:
         A flat dictionary of strings, numbers, booleans and lists, ready for JSON. ``library`` is
         the loaded file or None; ``why_not`` says why it is None. ``paths`` gives the path of a
-        convolution by device and dtype.
+        convolution by device and dtype, ``cuda`` being the first GPU.
     """
     import resnet_fused
 
     build = _extension.build_info()
     paths = {
-        f"{device} {str(dtype).removeprefix('torch.')}": dispatch.choose(device, dtype).name
+        f"{device} {str(dtype).removeprefix('torch.')}": dispatch.path_on(
+            torch.device(device), dtype, "conv_bn_act"
+        ).name
         for device in ("cpu", "cuda")
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }

@@ -18,6 +18,7 @@ from resnet_fused.ops import ConvBN
 HERE = str(Path(__file__).parent)
 X = torch.ones(1, 8, 5, 5)
 CONV = ConvBN(torch.ones(4, 8, 3, 3), None, *(torch.ones(4) for _ in range(4)), padding=(1, 1))
+BARE = ConvBN(CONV.weight, CONV.bias, padding=(1, 1))
 ONE = ConvBN(torch.ones(8, 8, 1, 1))
 HUGE = 2**62
 
@@ -79,6 +80,14 @@ WRONG: list[tuple[str, Any, str]] = [
         "mean alone",
         lambda: ops.conv_bn_act(X, CONV._replace(running_var=None)),
         "must be given together",
+    ),
+    *(
+        (
+            f"{field} without statistics",
+            lambda field=field: ops.conv_bn_act(X, BARE._replace(**{field: torch.ones(4)})),
+            f"conv.{field} is a BatchNorm's and needs conv.running_mean",
+        )
+        for field in ("bn_weight", "bn_bias")
     ),
     (
         "integer var",

@@ -209,4 +209,5 @@ def test_a_library_with_cuda_has_its_c_functions() -> None:
     assert isinstance(library, ctypes.CDLL)
     has = bool(_extension.build_info()["nvcc"])
     assert [hasattr(library, f"resnet_fused_cuda_{name}") for name in names] == [has, has]
-    assert hasattr(library, "resnet_fused_set_batch_invariant") == has
+    for name in ("set_batch_invariant", "force_mma_plan"):
+        assert hasattr(library, f"resnet_fused_{name}") == has

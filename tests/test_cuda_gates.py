@@ -102,6 +102,26 @@ __global__ void __launch_bounds__(512, kMinBlocks) crowded_kernel(const float* x
 }
 template __global__ void crowded_kernel<1>(const float*, float*, int);
 template __global__ void crowded_kernel<4>(const float*, float*, int);
+struct Half {};
+struct BFloat {};
+template <typename T>
+__global__ void __launch_bounds__(32) numbers_kernel(const uint32_t* x, uint32_t* y) {
+  const uint32_t a = x[threadIdx.x], b = x[threadIdx.x + 32];
+  uint16_t r[2];
+  float d[4] = {}, m;
+  uint32_t n[2];
+  asm("cvt.rz.f16.f32 %0, %1;" : "=h"(r[0]) : "f"(__uint_as_float(a)));
+  asm("cvt.rz.bf16.f32 %0, %1;" : "=h"(r[1]) : "f"(__uint_as_float(a)));
+  asm("max.f32 %0, %1, %2;" : "=f"(m) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+  asm("max.f16x2 %0, %1, %2;" : "=r"(n[0]) : "r"(a), "r"(b));
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(n[1]) : "r"(a), "r"(b));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, "
+               "{%4}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "r"(b));
+  y[threadIdx.x] = r[0] + r[1] + __float_as_uint(m) + n[0] + n[1] + __float_as_uint(d[0]);
+}
+template __global__ void numbers_kernel<Half>(const uint32_t*, uint32_t*);
+template __global__ void numbers_kernel<BFloat>(const uint32_t*, uint32_t*);
 __global__ void unbounded_kernel(float* y) {
   __shared__ float s[32];
   s[threadIdx.x] = y[threadIdx.x];
@@ -150,6 +170,19 @@ def defective(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         ("few_registers", "crowded_kernel<1>", Row(r"crowded.*", 2, "why"), "at most 64 for 2"),
         ("no_static_shared", "unbounded_kernel", None, "128 bytes static"),
         ("expected_instructions", "stray_kernel", Row("stray.*", 1, "why", ("HMMA",)), "no HMMA"),
+        ("right_numbers", "numbers_kernel<Half>", None, "<Half> for sm_90a: HMMA.1688.F32.BF16"),
+        ("right_numbers", "numbers_kernel<BFloat>", None, "<BFloat> for sm_90a: HMMA.1688.F32"),
+        ("right_numbers", "numbers_kernel<Half>", None, ": F2F.F16.F32.RZ"),
+        ("right_numbers", "numbers_kernel<Half>", None, ": F2F.BF16.F32.RZ"),
+        ("right_numbers", "numbers_kernel<Half>", None, ": FMNMX"),
+        ("right_numbers", "numbers_kernel<Half>", None, ": HMNMX2"),
+        ("right_numbers", "numbers_kernel<Half>", None, ": HMNMX2.BF16_V2"),
+        (
+            "right_numbers",
+            "numbers_kernel<Half>",
+            Row("numbers.*", 1, "why"),
+            "no rounding to Half",
+        ),
         ("expected_instructions", "stray_kernel", Row("stray.*", 1, "", (r"LDG\.E\.128",)), "LDG"),
     ],
 )

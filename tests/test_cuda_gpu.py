@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 import resnet_fused
+import test_small_sizes
 from harness.case import DTYPES
+from harness.gpu import instead_of_cpu
 from harness.suite import floats, make, map_tensors
 from harness.table import TABLE
 from resnet_cases import exact, images, lively, plain, relative
+from resnet_fused import _extension
 from resnet_fused.models import ResNet
+from source_tree import benchmarks
+
+gpu_sanitize = benchmarks("gpu_sanitize")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -38,6 +44,22 @@ def test_networks_are_as_good_as_eager(depth: int, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         got, eager = model(x), plain(model, x)
     assert relative(got.cpu(), want) < 1.5 * relative(eager.cpu(), want) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_of_the_convolution(dtype: torch.dtype) -> None:
+    """Breaks if a kernel that this GPU would choose for other shapes alone is wrong on it."""
+    wrong = gpu_sanitize.check_planned(dtype, "cuda", _extension._library)
+    assert [text for text in wrong if text] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sizes_of_one_to_three(dtype: torch.dtype) -> None:
+    """Breaks where borders meet, or a size-1 dimension's strides are believed."""
+    with instead_of_cpu():
+        test_small_sizes.test_conv_bn_act(2, 3, dtype)
+        test_small_sizes.test_blocks(2, dtype)
+        test_small_sizes.test_stem_head_and_add(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

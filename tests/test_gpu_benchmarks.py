@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fused import models
+from resnet_fused import dispatch, models
 from resnet_fused.bench import subjects
 from source_tree import benchmarks
 
@@ -324,7 +324,7 @@ def test_the_sanitizers_driver_covers_every_op(capsys: pytest.CaptureFixture[str
     """An op that no sanitizer sees; results that are not judged."""
     assert gpu_sanitize.main(["--device", "cpu", "--quick", "--dtypes", "fp32"]) == 0
     out = capsys.readouterr().out
-    assert "calls, by path" in out and "WRONG" not in out
+    assert "calls: {'fp32': " in out and "WRONG" not in out
     ops = {case.op for case in gpu_sanitize.cases(torch.float32, quick=True)}
     assert ops == set(gpu_sanitize.op_cases.NAMES)
     assert not any(
@@ -333,11 +333,17 @@ def test_the_sanitizers_driver_covers_every_op(capsys: pytest.CaptureFixture[str
 
 
 def test_the_sanitizers_driver_fails_on_the_reference_path(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library without CUDA kernels, for which every tool reports zero errors."""
-    import resnet_fused
+    """A library without CUDA kernels, or a GPU that refuses them: every tool reports no error."""
 
-    with resnet_fused.backend("reference"):
-        assert gpu_sanitize.main(["--device", "cpu", "--quick", "--dtypes", "fp32"]) == 1
-    assert "every call took the reference path" in capsys.readouterr().out
+    def refused(
+        device: torch.device, dtype: torch.dtype, op: str, groups: int = 1
+    ) -> dispatch.Path:
+        return dispatch.Path("reference", "too old") if op == "stem" else path_on(device, dtype, op)
+
+    path_on = dispatch.path_on
+    monkeypatch.setattr(dispatch, "path_on", refused)
+    assert gpu_sanitize.main(["--device", "cpu", "--quick", "--dtypes", "fp32"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[1:] == ["WRONG: stem torch.float32 ran no kernel: too old"]

@@ -136,12 +136,12 @@ def test_junit_is_read(tmp_path: Path) -> None:
 
 
 def test_every_test_file_is_run() -> None:
-    """A new file that neither part of the suite runs; one about GPUs that may be cut off."""
+    """A new file that neither part of the suite runs; one that is first and is not there."""
     first, rest = gpu_run.test_files(ROOT / "tests")
-    assert sorted([*first, *rest]) == sorted((ROOT / "tests").rglob("test_*.py"))
-    names = {path.name for path in first}
-    assert {"test_conv_bn_act.py", "test_stem.py", "test_fuse.py", "test_models.py"} <= names
-    assert "test_cuda_gates.py" not in names and "test_rules.py" not in names
+    assert sorted({*first, *rest}) == sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len(set(rest)) == len(rest) and set(first) - set(rest) == {first[0]}
+    assert first[0].name == "test_cuda_gpu.py" and len(first) == 8
+    assert all(path.is_file() for path in first)
 
 
 # ------------------------------------------------------------------------------------- sections
@@ -219,6 +219,67 @@ def test_the_sanitizer_decides(
     calls = (tmp_path / "calls").read_text().splitlines()
     assert all("gpu_sanitize.py" in c and "kns=resnet_fused" in c for c in calls)
     assert status == "skipped" or [c.split()[1] for c in calls] == list(gpu_run.TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("sleep 60", "partial", "racecheck: no summary (stopped for want of time)"),
+        ('echo "========= ERROR SUMMARY: 1 error"; sleep 60', "failed", "memcheck: 1 errors"),
+    ],
+)
+def test_a_sanitizer_without_time(
+    body: str,
+    status: str,
+    message: str,
+    session: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A slow GPU taken for a wrong kernel, or errors that are lost because the tool was stopped."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE.format(body=body))
+    tool.chmod(0o755)
+    monkeypatch.setenv("LOG", str(tmp_path / "calls"))
+    monkeypatch.setattr(gpu_run, "find_sanitizer", lambda: str(tool))
+    outcome = session.sanitize(3.0)
+    assert outcome.status == status and message in outcome.detail
+    assert gpu_run.failed({"sanitize": outcome}) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "parts"),
+    [
+        ([0, 0, 0, 0], "passed", 2),
+        ([None], "partial", 0),  # the ops, in all the time there was
+        ([0, 1], "failed", 0),
+        ([0, 0, None], "partial", 1),
+        ([0, 0, 0, None], "partial", 2),
+        ([0, 0, 1], "failed", 1),
+        ([0, 0, 0, 1], "failed", 2),
+    ],
+)
+def test_tests_without_time(
+    ends: list[int | None],
+    status: str,
+    parts: int,
+    session: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A section that fails because its time ran out, or passes although tests failed."""
+    asked: list[list[str]] = []
+
+    def run(command: Any, seconds: float, *_: Any, **__: Any) -> Any:
+        asked.append(list(map(str, command)))
+        end = ends[len(asked) - 1]
+        return gpu_run.Done(end, "", 1.0)
+
+    monkeypatch.setattr(gpu_run, "run", run)
+    outcome = session.test(60.0)
+    assert outcome.status == status and len(asked) == len(ends)
+    suites = [command for command in asked if "pytest" in command]
+    assert len(suites) == parts
+    assert ["-k" in command[3:] for command in suites] == [True, False][:parts]
 
 
 def test_no_sanitizer_is_said(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ float relu_max_abs_cpu(float* y, int64_t n);
 float max_abs_cpu(const float* in, int64_t n);
 
 // BatchNorm of K channels behind a convolution; every pointer but scale and shift may be null: 1
-// for bn_weight, 0 for bias, bn_bias and mean, and no normalisation for var.
+// for bn_weight, 0 for bias, bn_bias and mean. Without var there is no BatchNorm: bn_weight,
+// bn_bias and mean are null, too.
 struct FoldParams {
   const float* bias;
   const float* bn_weight;

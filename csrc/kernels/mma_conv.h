@@ -28,7 +28,8 @@ struct ChannelVector {
 };
 
 // scale = weight / sqrt(var + eps), shift = bias + (conv_bias - mean) * scale. Absent: 1 for
-// weight, 0 for bias, mean and conv_bias, and no normalisation (scale = weight) for var.
+// weight, 0 for bias, mean and conv_bias. Without var there is no BatchNorm: weight, bias and mean
+// are absent, too.
 struct BatchNorm {
   ChannelVector conv_bias, weight, bias, mean, var;
   float eps;

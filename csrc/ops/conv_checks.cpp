@@ -36,13 +36,17 @@ void check_conv(const Conv& conv, const Sizes& in, const Tensor& x, const char* 
   const struct {
     const char* field;
     const Tensor& t;
-  } vectors[] = {{"bias", conv.bias},
-                 {"bn_weight", conv.bn_weight},
-                 {"bn_bias", conv.bn_bias},
-                 {"running_mean", conv.running_mean},
-                 {"running_var", conv.running_var}};
+    bool affine;  // of a BatchNorm
+  } vectors[] = {{"bias", conv.bias, false},
+                 {"bn_weight", conv.bn_weight, true},
+                 {"bn_bias", conv.bn_bias, true},
+                 {"running_mean", conv.running_mean, false},
+                 {"running_var", conv.running_var, false}};
   for (const auto& v : vectors) {
     if (!v.t.defined()) continue;
+    require(!v.affine || conv.running_var.defined(), op, ": ", name, v.field,
+            " is a BatchNorm's and needs ", name, "running_mean and ", name,
+            "running_var; give both, or leave ", v.field, " out");
     require_beside(x, v.t, op, name.c_str(), v.field);
     require(v.t.dim() == 1 && v.t.size(0) == w.size(0), op, ": ", name, v.field,
             " must have shape [", w.size(0), "], got ", Shape{v.t});

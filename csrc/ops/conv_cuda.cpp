@@ -11,6 +11,7 @@ namespace resnet_fused {
 namespace {
 
 std::atomic<bool> batch_invariant{false};
+std::atomic<MmaConvPlan> forced_plan{MmaConvPlan{-1, 1}};
 
 // K values: where they are, if a kernel can read them there, else as a dense fp32 copy.
 ChannelVector channel_vector(const Tensor& t, std::vector<Tensor>& copies) {
@@ -72,7 +73,8 @@ Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, cons
           " needs: sizes, strides, paddings and dilations must be from 1 (padding: 0) to 2^28");
   Tensor out = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
   p.out = out.mutable_data();
-  p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant);
+  p.plan = forced_plan;
+  if (!plan_fits(p)) p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant);
   const int64_t bytes = mma_conv_workspace(p);
   Tensor workspace;
   if (bytes > 0) {
@@ -81,10 +83,6 @@ Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, cons
   }
   call.check(launch_mma_conv(p, call.stream()));
   return out;
-}
-
-Tensor channels_last(const Tensor& t) {
-  return laid_out(t, channels_last_strides(t.shape()), t.dtype());
 }
 
 }  // namespace
@@ -125,4 +123,8 @@ Tensor run_chain_cuda(const Chain& chain) {
 }  // namespace resnet_fused
 
 void resnet_fused_set_batch_invariant(int on) { resnet_fused::batch_invariant = on != 0; }
+
+void resnet_fused_force_mma_plan(int tile, int splits) {
+  resnet_fused::forced_plan = resnet_fused::MmaConvPlan{tile, splits};
+}
 #endif

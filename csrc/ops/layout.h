@@ -22,4 +22,9 @@ inline Tensor laid_out(const Tensor& t, const Sizes& strides, int32_t dtype) {
   return copy;
 }
 
+// t itself if it is dense NHWC, else a copy that is.
+inline Tensor channels_last(const Tensor& t) {
+  return laid_out(t, channels_last_strides(t.shape()), t.dtype());
+}
+
 }  // namespace resnet_fused

@@ -85,8 +85,7 @@ void pool_linear_cuda(StableIValue* stack, uint64_t, uint64_t) {
   if (!o.empty()) {
     const CudaCall call(kOp, o.x);
     Tensor pooled;
-    const Sizes strides = channels_last_strides(o.x.shape());
-    const PoolLinearParams p = o.params(laid_out(o.x, strides, o.x.dtype()), pooled);
+    const PoolLinearParams p = o.params(channels_last(o.x), pooled);
     call.check(launch_pool_linear_cuda(p, call.stream()));
   }
   stack[0] = boxed(std::move(o.out));

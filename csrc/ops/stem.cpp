@@ -91,9 +91,8 @@ void stem_cuda(StableIValue* stack, uint64_t, uint64_t) {
                        conv.dilation, conv.groups)) {
     run_stem_kernel(call, conv, x, y);
   } else {
-    const Tensor dense = laid_out(x, channels_last_strides(x.shape()), x.dtype());
     // The ReLU comes with the maximum.
-    const Tensor h = run_conv_cuda(call, conv, dense, Tensor(), false);
+    const Tensor h = run_conv_cuda(call, conv, channels_last(x), Tensor(), false);
     call.check(launch_relu_max_pool_cuda(
         {h.data(), y.mutable_data(), s[0], s[2], s[3], s[1], dtype_of(x)}, call.stream()));
   }

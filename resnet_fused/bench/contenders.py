@@ -137,5 +137,5 @@ class Rivals:
             return Contender(name, "nhwc", "aten", lambda: self.net_last(x))
         if name == COMPILE:
             return compiled(self.net_last, x, compile_s)
-        path = dispatch.choose(x.device.type, x.dtype, self.op)
+        path = dispatch.path_on(x.device, x.dtype, self.op)
         return Contender(FUSED, "nhwc", path.name, lambda: self.fused(x), path.reason)

@@ -47,6 +47,16 @@ def why_no_device(device: str) -> str:
     return ""
 
 
+def select(device: str) -> None:
+    """Make a GPU the current one, where events and streams are made, and start CUDA there, without
+    which `dispatch.path_on` cannot ask it; does nothing for a CPU.
+    """
+    found = torch.device(device)
+    if found.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.set_device(found.index or 0)
+
+
 def device_name(device: str) -> str:
     """Name the processor or the GPU."""
     if torch.device(device).type == "cuda":

@@ -35,7 +35,7 @@ class Case:
         return e
 
 
-class _Draw:
+class Draw:
     """Makes random inputs of one dtype on one device from one seed."""
 
     def __init__(
@@ -94,7 +94,7 @@ class _Draw:
 Plan = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
-def _conv_bn_act(draw: _Draw) -> Iterator[Plan]:
+def _conv_bn_act(draw: Draw) -> Iterator[Plan]:
     image, conv = draw.image, draw.conv
     yield "3x3", (image(2, 64, 14, 14), conv(64, 64, 3)), {"residual": image(2, 64, 14, 14)}
     yield "1x1 without relu", (image(2, 64, 7, 7), conv(64, 256, 1)), {"relu": False}
@@ -111,17 +111,17 @@ def _conv_bn_act(draw: _Draw) -> Iterator[Plan]:
     yield "output 1 pixel wide", (image(1, 64, 56, 2), conv(64, 64, 3, 2)), {}
 
 
-def _add_relu(draw: _Draw) -> Iterator[Plan]:
+def _add_relu(draw: Draw) -> Iterator[Plan]:
     for shape in ((2, 64, 14, 14), (1, 3, 5, 7), (1, 1, 1, 1)):
         yield f"{list(shape)}", (draw.image(*shape), draw.image(*shape)), {}
 
 
-def _stem(draw: _Draw) -> Iterator[Plan]:
+def _stem(draw: Draw) -> Iterator[Plan]:
     yield "64x64", (draw.image(2, 3, 64, 64), draw.conv(3, 64, 7, 2)), {}
     yield "odd sizes", (draw.image(1, 3, 33, 47), draw.conv(3, 40, 7, 2)), {}
 
 
-def _basic_block(draw: _Draw) -> Iterator[Plan]:
+def _basic_block(draw: Draw) -> Iterator[Plan]:
     conv = draw.conv
     yield "identity", (draw.image(2, 64, 14, 14), conv(64, 64, 3), conv(64, 64, 3)), {}
     yield (
@@ -131,7 +131,7 @@ def _basic_block(draw: _Draw) -> Iterator[Plan]:
     )
 
 
-def _bottleneck(draw: _Draw) -> Iterator[Plan]:
+def _bottleneck(draw: Draw) -> Iterator[Plan]:
     conv = draw.conv
     convs = conv(128, 32, 1), conv(32, 32, 3), conv(32, 128, 1)
     yield "identity", (draw.image(2, 128, 14, 14), *convs), {}
@@ -139,7 +139,7 @@ def _bottleneck(draw: _Draw) -> Iterator[Plan]:
     yield "grouped, projection", (draw.image(2, 64, 15, 13), *convs, conv(64, 96, 1, 2)), {}
 
 
-def _pool_linear(draw: _Draw) -> Iterator[Plan]:
+def _pool_linear(draw: Draw) -> Iterator[Plan]:
     yield "7x7", (draw.image(3, 512, 7, 7), draw.vector(10, 512), draw.vector(10)), {}
     yield "1 pixel", (draw.image(2, 33, 1, 1), draw.vector(17, 33), draw.vector(17)), {}
 
@@ -165,5 +165,5 @@ def cases(op: str, dtype: torch.dtype, device: str, seed: int = 0) -> Iterator[C
         seed: of all random numbers.
     """
     for layout, mark in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "NHWC")):
-        for name, args, kwargs in _PLANS[op](_Draw(dtype, device, layout, seed)):
+        for name, args, kwargs in _PLANS[op](Draw(dtype, device, layout, seed)):
             yield Case(op, f"{name}, {mark}", args, kwargs)

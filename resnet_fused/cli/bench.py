@@ -160,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     report = sys.stderr if "-" in (args.json, args.csv) else sys.stdout
+    machine.select(args.device)
     facts = machine.describe(args.device)
     print(machine.headline(facts), file=report)
     for complaint in machine.complaints():

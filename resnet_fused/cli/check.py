@@ -66,7 +66,7 @@ def check_op(op: str, dtype: str, device: str, seed: int = 0) -> Line:
     """
     kind = subjects.DTYPES[dtype]
     u = expected.roundings(kind, device)
-    path = dispatch.choose(torch.device(device).type, kind, op).name
+    path = dispatch.path_on(torch.device(device), kind, op).name
     worst = Line(op, dtype, 0.0, 0.0, path)
     for case in op_cases.cases(op, kind, device, seed):
         try:
@@ -100,7 +100,7 @@ def check_model(model: nn.Module, name: str, dtype: str, device: str, seed: int 
     draw = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(2, 3, SIZE, SIZE, generator=draw).to(device, kind)
     known = subjects.expect(net, x)
-    path, note = dispatch.choose(torch.device(device).type, kind).name, ""
+    path, note = dispatch.path_on(torch.device(device), kind, "conv_bn_act").name, ""
     eager, error = 0.0, 0.0
     with torch.inference_mode():
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -154,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     if wrong:
         print(f"resnet-fused check: error: --device {wrong}", file=sys.stderr)
         return 1
+    machine.select(args.device)
     print(machine.headline(machine.describe(args.device)))
     done = failed = 0
     for line in lines(args):

@@ -17,6 +17,18 @@ TENSOR_CORES = (r"HMMA\.", r"LDSM\.16\.M88\.4")  # products, and operands by ldm
 WIDE = (r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128")  # 16 bytes in one access
 ASYNC = (r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128",)  # 16 bytes past the registers and L1
 
+KEEPS_NAN = (r"V?[FH]MNMX\w*(\.\w+)*\.NAN",)
+# By element type: the product, and what rounds to the type, always to nearest.
+PRODUCTS = {
+    "Half": r"HMMA\.16816\.F32",
+    "BFloat": r"HMMA\.16816\.F32\.BF16",
+    "float": r"HMMA\.1688\.F32\.TF32",
+}
+ROUNDINGS = {
+    "Half": r"F2F\.F16\.F32|F2FP\.(F16\.F32\.)?PACK_AB",
+    "BFloat": r"F2F\.BF16\.F32|F2FP\.BF16\.(F32\.)?PACK_AB",
+}
+
 
 class Row(NamedTuple):
     """What is expected of the kernels whose name matches, and why so many registers are allowed.
@@ -29,6 +41,7 @@ class Row(NamedTuple):
     blocks: int
     reason: str
     opcodes: tuple[str, ...] = ()
+    rounds: bool = True  # its results to its element type
 
     def matches(self, kernel: Kernel) -> bool:
         return re.fullmatch(self.pattern, kernel.name) is not None
@@ -65,12 +78,12 @@ TABLE = (
         r"stem_kernel<\w+>",
         2,
         "one block multiplies while the other loads or pools; shared memory allows two as well",
-        TENSOR_CORES,
+        TENSOR_CORES + KEEPS_NAN,
     ),
     Row(r"relu_max_pool_kernel<\w+, [48]>", 4, "9 loads of 16 bytes per thread in flight", WIDE),
     Row(r"relu_max_pool_kernel<\w+, 1>", 4, "as the wide one"),
-    Row(r"pool_kernel<\w+, true>", 4, "4 loads of 16 bytes per thread in flight", WIDE[:1]),
-    Row(r"pool_kernel<\w+, false>", 4, "as the wide one"),
+    Row(r"pool_kernel<\w+, true>", 4, "4 loads of 16 bytes per thread in flight", WIDE[:1], False),
+    Row(r"pool_kernel<\w+, false>", 4, "as the wide one", rounds=False),
     Row(
         r"linear_kernel<\w+, 4, 8, true>",
         2,
@@ -163,6 +176,29 @@ def expected_instructions(kernel: Kernel) -> list[str]:
     ]
 
 
+def right_numbers(kernel: Kernel) -> list[str]:
+    """Products and results of the kernel's type, rounded to nearest; maxima that keep NaN."""
+    row, found = row_of(kernel), re.search(r"<(\w+)", kernel.name)
+    kind = found[1] if found else ""
+    allowed = {
+        "HMMA": PRODUCTS.get(kind, ""),
+        "F2F": "|".join(ROUNDINGS.values()),
+        "FMNMX": KEEPS_NAN[0],
+        "HMNMX": KEEPS_NAN[0],
+        "VHMNMX": KEEPS_NAN[0],
+    }
+    wrong = [
+        f"{kernel}: {opcode}"
+        for opcode in sorted(kernel.opcodes)
+        for family, pattern in allowed.items()
+        if opcode.startswith(family) and not re.fullmatch(pattern, opcode)
+    ]
+    rounding = ROUNDINGS.get(kind) if row and row.rounds else None
+    if rounding and not any(re.fullmatch(rounding, opcode) for opcode in kernel.opcodes):
+        wrong.append(f"{kernel}: no rounding to {kind}")
+    return wrong
+
+
 CHECKS: tuple[Callable[[Kernel], list[str]], ...] = (
     no_local_memory,
     known,
@@ -170,4 +206,5 @@ CHECKS: tuple[Callable[[Kernel], list[str]], ...] = (
     few_registers,
     no_static_shared,
     expected_instructions,
+    right_numbers,
 )

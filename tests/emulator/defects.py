@@ -267,8 +267,8 @@ CONV = [
     Defect(
         "rows behind the last pixel are read",
         "conv_mainloop.cuh",
-        "if (m0 + row + i * kRowsAtOnce >= rows) {",
-        "if (m0 + row + i * kRowsAtOnce > rows) {",
+        "if (m0 + row + i * kRowsAtOnce < rows) {",
+        "if (m0 + row + i * kRowsAtOnce <= rows) {",
         "conv_long",
         "out-of-bounds",
     ),

@@ -49,7 +49,7 @@ class EmulatorError(Exception):
         )
 
 
-def _kernel_name(signature: str) -> str:
+def kernel_name(signature: str) -> str:
     """The kernel out of the compiler's text for launch<kernel>."""
     name = signature.split("kKernel = ", 1)[-1].split("; Args", 1)[0].rstrip("]")
     return name.replace("resnet_fused::", "").replace("{anonymous}::", "")
@@ -148,7 +148,7 @@ class Library:
             return
         first = dict(found[0])
         program = first.pop("program")
-        first["kernel"] = _kernel_name(first["kernel"])
+        first["kernel"] = kernel_name(first["kernel"])
         raise EmulatorError(**first, place=self._place(program))
 
     def _place(self, program: int) -> str:

@@ -11,8 +11,10 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import emulated
 import emulator_build as make
 import torch
 
@@ -27,9 +29,12 @@ def library() -> ctypes.CDLL:
     folder, csrc = make.folder() / "ops", make.ROOT / "csrc"
     flags = [*make.COMMON, "-O1", f"-I{csrc}", f"-I{make.HERE}", "-DRESNET_FUSED_CUDA=1"]
     ops = [path for path in sorted(csrc.glob("ops/*.cpp")) if path.name != "cuda.cpp"]
-    ops += [*sorted(csrc.glob("kernels/cpu/*.cpp")), make.HERE / "ops_library.cpp"]
+    ops += sorted(csrc.glob("kernels/cpu/*.cpp"))
+    own = make.HERE / "ops_library.cpp"
+    guarded = [*flags, "-Daoti_torch_empty_strided=emulated_empty_strided"]
     groups = (
-        (ops, flags),
+        (ops, guarded),
+        ([own], flags),
         (make.runtime_sources(), make.runtime_flags()),
         (make.kernel_sources(), make.cxxflags(False)),
     )
@@ -47,6 +52,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(target))
     loaded.emulated_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
     loaded.emulated_launches.restype = ctypes.c_uint64
+    loaded.emulated_cut.argtypes = [ctypes.c_int64]
+    loaded.emulated_log.restype = ctypes.c_char_p
     loaded.emulated_calls.restype = ctypes.c_int64
     namespace = torch.library.Library("resnet_fused_emulated", "DEF")
     for name in OPS:
@@ -74,3 +81,22 @@ def instead_of_cpu(
     with gpu.replaced(torch.ops.resnet_fused_emulated):
         yield loaded
     loaded.resnet_fused_set_batch_invariant(0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's launch: its name with template arguments, and the blocks of its grid."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+
+
+def launches(loaded: ctypes.CDLL) -> list[Launch]:
+    """Launches since the last call, or since ``instead_of_cpu`` began."""
+    text = loaded.emulated_log().decode()
+    loaded.emulated_launches()
+    found = []
+    for line in text.splitlines():
+        x, y, z, name = line.split(" ", 3)
+        found.append(Launch(emulated.kernel_name(name), (int(x), int(y), int(z))))
+    return found

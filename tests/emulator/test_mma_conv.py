@@ -261,6 +261,23 @@ def test_unaligned_buffers(library: Any, dtype: torch.dtype, buffer: str) -> Non
         run(library, problem, wide, misalign=off)
 
 
+@pytest.mark.parametrize("tile", range(5))
+def test_rows_behind_the_last_pixel_of_a_huge_image(library: Any, tile: int) -> None:
+    """Breaks if positions in images that do not exist are computed: they need more than 32 bits.
+
+    Of the 32768 x 32768 pixels, one is read, so that one is all there need be.
+    """
+    x, weight = torch.arange(8.0).half(), torch.ones(8, 8).half()
+    huge = {"H": 1 << 15, "W": 1 << 15, "C": 8, "R": 1, "S": 1}
+    huge |= {"stride": (1 << 16, 1 << 16), "padding": (0, 0), "dilation": (1, 1)}
+    with library.run() as device:
+        out = device.out(torch.empty(8).half())
+        source = {"x": device.put(x), "weight": device.put(weight), **huge}
+        sizes = {"N": 1, "P": 1, "Q": 1, "K": 8, "dtype": torch.float16, "relu": False}
+        library.mma_conv(source=[source], out=out, plan=(tile, 1), **sizes)
+        assert device.get(out).tolist() == [28.0] * 8
+
+
 def test_plans_that_cannot_be_are_refused(library: Any) -> None:
     """Breaks if a kernel is launched on what it was not made for."""
     one, two = make(WIDE_TAIL, torch.float16, 1), make(TWO, torch.float16, 1)

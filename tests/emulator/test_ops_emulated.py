@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from emulated_ops import instead_of_cpu
+from emulated_ops import Launch, instead_of_cpu, launches
+from mma_conv_cases import TILES
 
 import resnet_fused
 import test_nan
@@ -20,9 +22,12 @@ from harness.suite import PathSuite
 from harness.table import TABLE
 from resnet_cases import exact, images, lively, relative, rounded
 from resnet_fused import ops
+from resnet_fused.bench import expected
 from resnet_fused.ops import ConvBN
 from resnet_fused.ops.conv_bn import flatten
+from source_tree import benchmarks
 
+gpu_sanitize = benchmarks("gpu_sanitize")
 VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
@@ -95,9 +100,9 @@ def test_networks_op_by_op(depth: int, dtype: torch.dtype, monkeypatch: pytest.M
 def test_special_values(force_path: Any) -> None:
     """Breaks where NaN or infinity is lost, or leaves its receptive field by a product with 0."""
     for dtype in DTYPES:
-        for channels in (3, 17, 64):
+        for channels, special in product((3, 17, 64), (test_nan.NAN, test_nan.INF)):
             test_nan.test_one_pixel_reaches_its_receptive_field_only(
-                channels, float("nan"), dtype, "emulated", force_path
+                channels, special, dtype, "emulated", force_path
             )
         test_nan.test_stem_and_head(dtype, "emulated", force_path)
         test_nan.test_residual(dtype, "emulated", force_path)
@@ -128,12 +133,18 @@ def block(dtype: torch.dtype, n: int = 5) -> tuple[Any, ...]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_invariance(dtype: torch.dtype) -> None:
     """Breaks if the setting does not reach the plan; without it, these sums are split by batch."""
-    x, *convs = block(dtype)
+    x, *convs = block(dtype, 17)  # more than a tile of rows in the last two
     for invariant in (True, False):
-        with instead_of_cpu(multiprocessors=20, invariant=invariant):
+        with instead_of_cpu(multiprocessors=20, invariant=invariant) as library:
             together = ops.bottleneck(x, *convs)
-            alone = torch.cat([ops.bottleneck(image, *convs) for image in x.split(1)])
-        assert torch.equal(together, alone) == invariant
+            splits = [x.grid[1] for x in launches(library) if "mma_conv" in x.kernel]
+            alone = []
+            for image in x[:5].split(1):
+                alone.append(ops.bottleneck(image, *convs))
+                found = [x.grid[1] for x in launches(library) if "mma_conv" in x.kernel]
+                assert (found == splits == [1, 1, 1]) == invariant
+                assert found[1] > splits[1] or invariant
+        assert torch.equal(together[:5], torch.cat(alone)) or not invariant
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 20, 132, 1000])
@@ -148,6 +159,82 @@ def test_any_number_of_multiprocessors(multiprocessors: int) -> None:
         # One kernel for each convolution, the projection within the last one's; a split one has a
         # second that adds the parts.
         assert launches == 3 if multiprocessors == 1 else 3 < launches <= 6
+
+
+def kernels(launched: list[Launch]) -> set[tuple[int, bool]]:
+    """Tiles of the convolution that were launched, and whether their sums were split."""
+    found = [(re.fullmatch(r"mma_conv_kernel<\w+, (\d)>", x.kernel), x.grid[1]) for x in launched]
+    return {(int(tile[1]), splits > 1) for tile, splits in found if tile}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forced_plans_reach_every_kernel(dtype: torch.dtype) -> None:
+    """Breaks if a plan that is forced is not taken, or a kernel, split or not, is in none of the
+    calls that compute-sanitizer and the tests on a GPU force: nothing but the emulator saw it.
+    """
+    seen, sums = set(), set()
+    for (tile, splits), case in gpu_sanitize.planned(dtype):
+        with instead_of_cpu() as library, gpu_sanitize.forced((tile, splits), library):
+            y = case.run()
+            launched = launches(library)
+        error, bound = case.expect(expected.roundings(dtype, "cuda")).worst(y)
+        assert error <= bound, case.name
+        assert (tile, splits > 1) in kernels(launched), case.name
+        seen |= kernels(launched)
+        sums |= {x.kernel for x in launched if x.kernel.startswith("split_sum_kernel")}
+    one_source = [tile for tile, (*_, sources, _) in enumerate(TILES) if sources == 1]
+    assert seen == {(tile, split) for tile in range(8) for split in (False, tile in one_source)}
+    assert len(TILES) == 8 and len(sums) == 2, "wide and narrow sums of the parts"
+
+
+@pytest.mark.parametrize("plan", [(5, 1), (8, 1), (0, 17), (0, 0), (-2, 3)])
+def test_a_plan_that_cannot_be_forced(plan: tuple[int, int]) -> None:
+    """Breaks if a kernel is launched on what it cannot make, or a call fails, for a test's sake."""
+    s = Source(torch.float16)
+    args = s.image(1, 64, 6, 6), s.conv(64, 64, 3)
+    with instead_of_cpu() as library:
+        want, automatic = ops.conv_bn_act(*args), launches(library)
+        with gpu_sanitize.forced(plan, library):
+            got = ops.conv_bn_act(*args)
+        assert launches(library) == automatic and torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "dtype", "grid"),
+    [
+        (1, torch.float16, (2, 1, 1)),
+        (3, torch.float16, (6, 1, 1)),
+        (3, torch.float32, (3, 2, 1)),  # two groups of filters
+        (132, torch.bfloat16, (32, 1, 1)),
+    ],
+)
+def test_the_stems_blocks_are_resident_at_once(
+    multiprocessors: int, dtype: torch.dtype, grid: tuple[int, int, int]
+) -> None:
+    """Breaks if a GPU gets another number of blocks than it holds, two to a multiprocessor: the
+    rest would load their weights again behind the first ones, or some would have none to do.
+    """
+    s = Source(dtype)
+    x, conv = s.image(8, 3, 56, 56), s.conv(3, 64, 7, stride=(2, 2))  # 32 tiles
+    with instead_of_cpu(multiprocessors=multiprocessors) as library:
+        ops.stem(x, conv)
+        (launch,) = launches(library)
+    assert launch.kernel.startswith("stem_kernel") and launch.grid == grid
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_workspace_that_is_too_small(n: int) -> None:
+    """Breaks if a tensor that a kernel overruns by one element, be it a workspace, is not seen."""
+    args = block(torch.bfloat16, n)
+    with instead_of_cpu() as library:
+        for size in (2, 4):
+            library.emulated_cut(size)
+            try:
+                with pytest.raises(RuntimeError, match="bottleneck: .*; written behind a tensor"):
+                    ops.bottleneck(*args)
+            finally:
+                library.emulated_cut(0)
+        ops.bottleneck(*args)
 
 
 def test_the_schedule_does_not_matter() -> None:
@@ -194,6 +281,12 @@ CONV = ConvBN(torch.ones(8, 8, 3, 3))
         (X.double(), CONV, "x must be float32, bfloat16 or float16, got float64"),
         (X, CONV._replace(padding=(2**29, 0), stride=(2**28, 1)), "no kernel counts as far"),
         (X[:, :, :0], ConvBN(torch.ones(8, 8, 1, 1), padding=(1, 1)), "no kernel counts as far"),
+        (
+            X,
+            CONV._replace(bn_weight=torch.ones(8)),
+            "conv.bn_weight is a BatchNorm's and needs conv.",
+        ),
+        (X, CONV._replace(bn_bias=torch.ones(8)), "conv.bn_bias is a BatchNorm's and needs conv."),
         (X[:, :7], CONV, "x must have 8 channels to fit conv.weight, got 7"),
     ],
 )

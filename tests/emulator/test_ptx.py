@@ -150,7 +150,7 @@ def words(values: Tensor) -> np.ndarray:
 def test_product(
     library: Library, name: str, dtype: torch.dtype, depth: int, integer: bool
 ) -> None:
-    """An operand taken from another lane or register; for TF32, more than 10 bits of fraction."""
+    """An operand taken from another lane or register."""
     g = torch.Generator().manual_seed(depth)
 
     def draw(*size: int) -> Tensor:
@@ -159,6 +159,8 @@ def test_product(
 
     warps = 3
     a, b = draw(warps, 16, depth).to(dtype), draw(warps, depth, 8).to(dtype)
+    if dtype == torch.float32:
+        a, b = ((bits(t) & ~0x1FFF).view(torch.float32) for t in (a, b))
     d = draw(warps, 16, 8)
     lane = torch.arange(32)
     rows = torch.stack([lane // 4, lane // 4, lane // 4 + 8, lane // 4 + 8], 1)
@@ -176,13 +178,33 @@ def test_product(
             grid=(warps, 1, 1),
         )
         got = dev.get(out)
-    if dtype == torch.float32:
-        a, b = ((bits(t) & ~0x1FFF).view(torch.float32) for t in (a, b))
     want = d.double() + a.double() @ b.double()
     error = (got.double() - want[:, rows, columns]).abs()
     size = d.double().abs() + a.double().abs() @ b.double().abs()
     allowed = 0.0 if integer else (depth + 1) * 2.0**-24 * size[:, rows, columns]
     assert bool((error <= allowed).all())
+
+
+@pytest.mark.parametrize(
+    ("operand", "right"),
+    [(0x3F802000, True), (0x3F800001, False), (0x7FFFFFFF, True), (0x7F801000, False)],
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_tf32_operands(library: Library, operand: int, right: bool, second: bool) -> None:
+    """Bits that tensor cores ignore, and a product that changes if they do not: of a number that
+    was not rounded, or of infinity (a NaN, read as fp32)."""
+    factors = [torch.zeros(32, count, dtype=torch.int32) for count in (4, 2)]
+    factors[second][5, 1] = operand
+    with library.run() as dev:
+        a, b = map(dev.put, factors)
+        out = dev.out(torch.empty(32, 4))
+        arguments = (dev.put(torch.zeros(32, 4)), a, b, out)
+        if right:
+            library.test_kernel("mma_tf32", *arguments)
+            return
+        with pytest.raises(EmulatorError) as caught:
+            library.test_kernel("mma_tf32", *arguments)
+    assert caught.value.kind == "operand"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -39,7 +39,9 @@ CASES = (
 )
 
 
-def run(library: Any, seed: int, x: Tensor, conv: ConvBN, most_blocks: int = 3) -> Tensor:
+def run(
+    library: Any, seed: int, x: Tensor, conv: ConvBN, most_blocks: int = 3, misalign: int = 0
+) -> Tensor:
     """The kernel's result as [N, K, P, Q]; few blocks, so that each has several tiles."""
     n, c, h, w = x.shape
     k = conv.weight.shape[0]
@@ -52,7 +54,7 @@ def run(library: Any, seed: int, x: Tensor, conv: ConvBN, most_blocks: int = 3) 
         "var": conv.running_var,
     }
     with library.run(seed) as device:
-        out = device.out(like)
+        out = device.out(like, misalign)
         library.stem(
             x=device.put(x),
             x_strides=x.stride(),
@@ -275,3 +277,13 @@ def test_no_bank_conflicts(library: Any, dtype: torch.dtype) -> None:
     x, conv = source.image(1, 3, 28, 32), stem_conv(source, 3, 64)
     run(library, 0, x, conv)
     assert library.stats()["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_off_16_bytes_are_refused(library: Any, dtype: torch.dtype) -> None:
+    """Breaks if the kernel, which has no other way to store, meets such an address."""
+    source = Source(dtype)
+    x, conv = source.image(1, 3, 8, 8), stem_conv(source, 3, 64)
+    with pytest.raises(emulated.EmulatorError, match="stem returned error 1"):
+        run(library, 0, x, conv, misalign=8)
+    run(library, 0, x, conv, misalign=16)

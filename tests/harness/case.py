@@ -48,8 +48,11 @@ class Source:
         return self.integers(0, 1, *shape).mul(2).sub(1) * (chance < terms / per_filter)
 
     def conv(self, c: int, k: int, window: int = 1, bias: bool = False, **options: Any) -> ConvBN:
-        """A convolution of C to K channels with BatchNorm; padding keeps the size unless given."""
-        groups = options.get("groups", 1)
+        """A convolution of C to K channels with BatchNorm; padding keeps the size unless given.
+
+        A given ``eps`` comes with variances as small, so that it counts.
+        """
+        groups, eps = options.get("groups", 1), options.pop("eps", None)
         shape = (k, c // groups, window, window)
         options.setdefault("padding", (window // 2, window // 2))
         if self.integer:
@@ -73,8 +76,8 @@ class Source:
             torch.rand(k, generator=self.generator) + 0.5,
             self.normal(k, dtype=torch.float32),
             self.normal(k, dtype=torch.float32),
-            torch.rand(k, generator=self.generator) + 0.5,
-            1e-5,
+            (torch.rand(k, generator=self.generator) + 0.5) * (eps or 1.0),
+            eps or 1e-5,
             **options,
         )
 

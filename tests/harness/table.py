@@ -133,6 +133,7 @@ CONV_CASES = (
     _conv_case(2, 64, 64, (6, 5), 3, "groups, as in ResNeXt", groups=4, residual=True),
     _conv_case(1, 32, 32, (6, 5), 3, "depthwise", groups=32),
     _conv_case(5, 96, 160, (11, 6), 1, "odd batch over two threads", residual=True),
+    _conv_case(2, 32, 48, (5, 6), 3, "an eps of its own, as large as variances", eps=1e-3),
     _conv_case(0, 64, 64, (7, 7), 3, "an empty batch"),
 )
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // pool_linear on the CPU. The sum over pixels is one of sums of 32 pixels: on large maps a single
-// sum would lose digits to its own size. The sum over C runs in 16 lanes (lane i takes c = i mod 16)
-// that are added at the end, the rest of C behind them; four images share each load of the weights.
+// sum would lose digits to its own size. The sum over C runs in 16 lanes (lane i takes c = i mod
+// 16) that are added at the end, the rest of C behind them; four images share each load of the
+// weights.
 #include "../pool_linear.h"
 
 #include "simd.h"

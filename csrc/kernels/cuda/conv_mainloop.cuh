@@ -58,13 +58,12 @@ struct Pixels {
       const uint32_t pixel = first + row + i * kRowsAtOnce;
       const uint32_t n = pixel / image, in_image = pixel - n * image;
       const uint32_t y = in_image / across, x = in_image - y * across;
-      h[i] = static_cast<int>(y) * down - above;
-      w[i] = static_cast<int>(x) * right - left;
-      at[i] = (static_cast<int>(n) * height + h[i]) * width + w[i];
-      // Behind the last pixel: no tap reaches the image, and the position stays in 32 bits.
-      if (m0 + row + i * kRowsAtOnce >= rows) {
-        h[i] = -(1 << 30);
-        at[i] = 0;
+      h[i] = -(1 << 30);  // behind the last pixel: no tap reaches the image
+      w[i] = at[i] = 0;
+      if (m0 + row + i * kRowsAtOnce < rows) {
+        h[i] = static_cast<int>(y) * down - above;
+        w[i] = static_cast<int>(x) * right - left;
+        at[i] = (static_cast<int>(n) * height + h[i]) * width + w[i];
       }
     }
     return n0;

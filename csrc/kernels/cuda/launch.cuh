@@ -16,20 +16,27 @@
 
 namespace resnet_fused {
 namespace detail {
+// An error is the caller's to report. The runtime keeps it as well, and would give it to whoever
+// launches next: so it is taken from there.
+inline cudaError_t taken(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // Device numbers from 64 on set the attribute at each launch.
 template <auto kKernel>
 cudaError_t allow_shared(int64_t bytes) {
   static std::atomic<uint64_t> done{0};
   if (bytes <= 48 * 1024) return cudaSuccess;
   int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
+  const cudaError_t error = taken(cudaGetDevice(&device));
   if (error != cudaSuccess) return error;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if ((done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
   // The most, not `bytes`: another launch of the same kernel may need more.
-  const cudaError_t set = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(kMostShared));
+  const cudaError_t set = taken(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(kMostShared)));
   if (set == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
   return set;
 }

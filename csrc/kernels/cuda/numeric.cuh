@@ -58,17 +58,21 @@ __device__ __forceinline__ void mma<float>(float (&d)[4], const uint32_t (&a)[4]
   ptx::mma_tf32(d, a, b0, b1);
 }
 
-// What the tensor cores shall multiply. Of fp32 they ignore the low 13 bits, which would shrink
-// every product: so these are rounded away. A NaN must not lose all bits of its fraction.
+// fp32 as the tensor cores shall multiply it. They ignore the low 13 bits, which would shrink every
+// product: so these are rounded away. A NaN must not lose all bits of its fraction, and infinity
+// must not get any, even such that are ignored.
+__device__ __forceinline__ uint32_t tf32_from_float(uint32_t bits) {
+  const float v = __uint_as_float(bits);
+  return v == v ? (bits + 0x1000) & ~0x1fffu : 0x7fffffff;
+}
+
+// The same for four registers of any type.
 template <typename T>
 __device__ __forceinline__ void round_operands(uint32_t (&)[4]) {}
 template <>
 __device__ __forceinline__ void round_operands<float>(uint32_t (&r)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float v = __uint_as_float(r[i]);
-    r[i] = v == v ? r[i] + 0x1000 : 0x7fffffff;
-  }
+  for (int i = 0; i < 4; ++i) r[i] = tf32_from_float(r[i]);
 }
 
 // Sixteen bytes of elements, loaded and stored in one access.

@@ -46,15 +46,13 @@ struct alignas(2 * sizeof(T)) Pair {
   T v[2];
 };
 
-// What the tensor cores shall multiply. Of fp32 they ignore the low 13 bits, which would shrink
-// every product: so these are rounded away. A NaN must not lose all bits of its fraction.
+// What the tensor cores shall multiply.
 template <typename T>
 __device__ __forceinline__ T operand(T v) {
   return v;
 }
 __device__ __forceinline__ float operand(float v) {
-  const uint32_t bits = __float_as_uint(v);
-  return __uint_as_float(v == v ? (bits + 0x1000) & ~0x1fffu : 0x7fffffff);
+  return __uint_as_float(tf32_from_float(__float_as_uint(v)));
 }
 
 // Shared memory. Every ldmatrix reads eight 16-byte pieces from eight rows of an operand, and the

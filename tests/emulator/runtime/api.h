@@ -61,6 +61,15 @@ struct Counters {
   uint64_t shared_bytes = 0;    // most of any launch
 };
 Counters counters();
+
+// A launch as the host asked for it.
+struct Launched {
+  std::string kernel;  // with the compiler's text for its template arguments
+  int64_t grid[3];
+};
+// The launches since the counters were reset.
+std::vector<Launched> launched();
+// Forgets the launches as well.
 void reset_counters();
 
 }  // namespace emulator

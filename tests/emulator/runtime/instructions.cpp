@@ -132,6 +132,12 @@ float from_bits(uint32_t v) {
   return f;
 }
 
+// Whether a register means the same in TF32 whatever becomes of its low 13 bits.
+bool is_tf32(uint32_t v) {
+  const bool nan = (v & 0x7f800000u) == 0x7f800000u && (v & 0x007fe000u) != 0;
+  return nan || (v & 0x1fffu) == 0;
+}
+
 struct ProductLane {
   Product product;
   float* d;
@@ -185,7 +191,10 @@ void multiply_all(Block& b, Warp& warp) {
           warp, [](uint32_t v, int e) { return from_bits(e == 0 ? v << 16 : v & 0xffff0000u); });
       break;
     case Product::tf32:
-      multiply_as<8>(warp, [](uint32_t v, int) { return from_bits(v & ~0x1fffu); });
+      multiply_as<8>(warp, [&b](uint32_t v, int) {
+        if (!is_tf32(v)) b.fail("operand", "a TF32 operand with bits below its fraction");
+        return from_bits(v);
+      });
       break;
   }
 }

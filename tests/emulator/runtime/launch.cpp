@@ -19,6 +19,7 @@ struct Machine {
   std::vector<std::unique_ptr<Block>> blocks;  // one per worker
   uint64_t launches = 0;
   uint64_t most_shared = 0;
+  std::vector<Launched> launched;
 };
 Machine& machine() {
   static Machine m;
@@ -55,6 +56,7 @@ int launch(const Launch& l) {
     return kInvalidConfiguration;
   }
   const uint64_t number = ++m.launches;
+  m.launched.push_back({l.kernel, {l.grid[0], l.grid[1], l.grid[2]}});
   const auto total = static_cast<uint64_t>(l.grid[0] * l.grid[1] * l.grid[2]);
   const uint64_t workers = std::min<uint64_t>(std::max(settings().workers, 1), total);
   while (m.blocks.size() < workers) m.blocks.push_back(std::make_unique<Block>());
@@ -102,8 +104,14 @@ Counters counters() {
   return sum;
 }
 
+std::vector<Launched> launched() {
+  const std::lock_guard lock(run_lock());
+  return machine().launched;
+}
+
 void reset_counters() {
   const std::lock_guard lock(run_lock());
+  machine().launched.clear();
   machine().launches = machine().most_shared = 0;
   for (const auto& block : machine().blocks) block->counters() = Counters{};
 }
