@@ -99,7 +99,7 @@ _invariant = _switch(os.environ.get("RESNET_FUSED_BATCH_INVARIANT"))
 _extension.set_batch_invariant(_invariant)
 
 
-@torch.compiler.assume_constant_result
+@_extension.compiled_as_constant
 def tf32() -> bool:
     """True if torch's settings let convolutions on a GPU round float32 factors to TF32.
 
