@@ -24,9 +24,13 @@ int conv_path_of(int dtype, long c, long groups, long r, long s, long sh, long s
   return static_cast<int>(path);
 }
 long piece(long n, long bytes, long threads) { return images_per_piece(n, bytes, threads); }
-long chunk(long rows, long row_bytes, long bytes, long threads) {
-  return rows_per_chunk(rows, row_bytes, bytes, threads);
+long group(long images, long bytes, long weight_bytes) {
+  return images_per_group(images, bytes, weight_bytes);
 }
+long filters(long blocks, long panels, long threads, long weight_bytes, long input_bytes) {
+  return divide_filters(blocks, panels, threads, weight_bytes, input_bytes);
+}
+int fits(long h, long w) { return map_fits(h, w); }
 int cover(long in, long out, long window, long stride, long padding, long dilation) {
   return windows_cover(in, out, window, stride, padding, dilation);
 }
@@ -53,7 +57,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run([*command, str(folder / "plan.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.conv_path_of.argtypes = [ctypes.c_int, *[ctypes.c_long] * 7, ctypes.c_int]
-    for name, count in (("piece", 3), ("chunk", 4), ("cover", 6)):
+    for name, count in (("piece", 3), ("group", 3), ("filters", 5), ("cover", 6), ("fits", 2)):
         function = getattr(loaded, name)
         function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * count
     return loaded
@@ -87,15 +91,35 @@ def test_pieces_cover_all_images(plan: ctypes.CDLL) -> None:
         assert piece <= threads or piece * size <= 2 * threads * (3 << 20)
 
 
-def test_chunks_are_whole_blocks(plan: ctypes.CDLL) -> None:
-    """Breaks if a chunk is not a multiple of 32 rows, at the 32-bit limits too."""
-    for rows, row_bytes, threads in itertools.product(
-        (1, 31, 32, 33, 3136, 50176, 2**31 - 1, 2**31 + 1, 2**33 + 1), (64, 4096, 2**20), (1, 2, 96)
+def test_groups_of_images(plan: ctypes.CDLL) -> None:
+    """Breaks if a group is empty, larger than there are images, or does not fit L2 without need."""
+    for images, size, weights in itertools.product(
+        (1, 2, 8, 100), (0, 1, 10**5, 10**6, 10**9), (0, 10**5, 10**7)
     ):
-        for budget in (1 << 18, 1 << 20):
-            chunk = plan.chunk(rows, row_bytes, budget, threads)
-            assert chunk % 32 == 0 and chunk > 0
-            assert chunk <= max(64, budget // row_bytes) + 31
+        group = plan.group(images, size, weights)
+        assert 1 <= group <= images
+        assert group == 1 or group * size <= max(1 << 20, weights // 2)
+
+
+def test_all_threads_have_work(plan: ctypes.CDLL) -> None:
+    """Breaks if threads divide what is too little for them, though they could divide the other."""
+    for blocks, panels, threads in itertools.product((1, 2, 7, 98), (1, 2, 8, 64), (1, 2, 3, 64)):
+        for weights, inputs in ((1, 2), (2, 1)):
+            filters = plan.filters(blocks, panels, threads, weights, inputs)
+            by_rows = -(-blocks // threads) * panels
+            by_filters = -(-panels // threads) * blocks
+            took, other = (by_filters, by_rows) if filters else (by_rows, by_filters)
+            assert took <= 9 / 8 * other
+
+
+def test_pixels_are_counted_in_32_bits(plan: ctypes.CDLL) -> None:
+    """Breaks if planes of the most padding could have more pixels than their tables can name."""
+    for h, w in ((1, 1), (224, 224), (16000, 16000), (1, 2**20)):
+        assert plan.fits(h, w)
+    for h, w in ((2**14, 2**14), (1, 2**28), (2**62, 1), (2**40, 2**40)):
+        assert not plan.fits(h, w)
+    # Planes hold an image with its padding (32 on each side), and lines that taps reach beyond.
+    assert (2**28) * 4 < 2**31
 
 
 def test_planes_hold_every_tap_of_every_output(plan: ctypes.CDLL) -> None:

@@ -129,9 +129,14 @@ def test_new_sizes_do_not_pack_each_time(force_path: Any) -> None:
             x = s.image(1, 32, n, n + 1)
             got = resnet_fused.conv_bn_act(x, conv, relu=False)
             torch.testing.assert_close(got, _expect(x, conv), rtol=1e-5, atol=1e-5)
-        assert library.resnet_fused_pack_count() == count
-        for _ in range(3):
-            for n in range(9, 19):
+        # One that serves every size.
+        assert library.resnet_fused_pack_count() == count + 1
+        for n in range(9, 19):
+            for _ in range(2):  # an image and its mirror image
                 resnet_fused.conv_bn_act(s.image(1, 32, n, n), conv)
+        assert library.resnet_fused_pack_count() == count + 1
+        for n in range(9, 19):
+            for _ in range(4):
                 resnet_fused.conv_bn_act(s.image(1, 32, n, n), conv)
+        assert library.resnet_fused_pack_count() > count + 5
         assert library.resnet_fused_pack_bytes() <= size + 4 * conv.weight.numel() * 4

@@ -7,11 +7,12 @@
 //                      + residual[p, q, k])
 //
 // with fp32 sums, one rounding and NaN kept. Rows of the GEMM are output pixels, columns are
-// filters, and a k-step is 32 channels of one tap. Row m of tap t starts at a + m * row_bytes +
-// tap_bytes[t]; for that to hold for every convolution the input is first copied into planes:
-// zero-padded, channels padded to a multiple of 32, and split by the stride's phases, so that
-// within a plane the convolution has stride 1. An output row then has `pitch` >= Q entries, of
-// which the last pitch - Q are computed and dropped. A dense 1x1 convolution reads x in place.
+// filters, and a k-step is 32 channels of one tap. For each tap the rows of a tile of 16 lie at
+// constant distances, `row_bytes`; where each tile begins, and which output pixel each row is, say
+// two tables (ops/tile_map.h makes them). So the input may be a dense tensor (1x1 convolutions), or
+// planes: zero-padded, channels padded to a multiple of 32, and split by the stride's phases, so
+// that within a plane the convolution has stride 1. And the output may be written as the planes
+// that the next convolution wants.
 #pragma once
 
 #include "dtype.h"
@@ -20,6 +21,7 @@ namespace resnet_fused {
 
 constexpr int64_t kTileK = 32;  // channels of a k-step
 constexpr int64_t kTileN = 32;  // filters of a block: two tiles
+constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileM = 32;  // pixels of a block: two tiles
 constexpr int64_t kTileBytes = 1024;
 
@@ -28,33 +30,37 @@ constexpr int64_t round_up(int64_t v, int64_t multiple) {
 }
 
 struct TileConvParams {
-  const unsigned char*
-      a;  // rows [0, round_up(rows, 32)) must be readable for every tap unless rows >= 32
-  int64_t row_bytes;
+  const unsigned char* a;    // readable for every tap of every row of the tiles
+  int64_t row_bytes;         // from a row to the next
   const int64_t* tap_bytes;  // [taps]
   int64_t taps;
   int64_t c_steps;           // channels / 32, rounded up
+  const int32_t* tiles;      // [2 * blocks] first row of each tile of 16 rows
+  const int32_t* places;     // [32 * blocks] output pixel of each row; -1: computed and dropped
   const uint16_t* weight;    // packed, see pack_tiles_cpu
-  const float* scale;        // [round_up(K, 32)]
+  const float* scale;        // [round_up(K, 32)], zeros behind K
   const float* shift;        // [round_up(K, 32)]
-  const uint16_t* residual;  // as out, or null
-  uint16_t* out;             // [pixels, K]
-  int64_t K;
-  int64_t rows;      // of the GEMM: P * pitch
-  int64_t pitch, Q;  // row m is output pixel (m / pitch) * Q + m % pitch if m % pitch < Q
+  const uint16_t* residual;  // [pixels, K], or null; may be out
+  // A second convolution whose result is added, or null: its input, taps, weight, scale and shift.
+  // Its rows are those of this one: the same tiles, the same places. No residual then.
+  const TileConvParams* project;
+  uint16_t* out;  // [pixels, pitch]
+  int64_t K, pitch;
+  bool whole;  // pitch is a multiple of 32: zeros are written behind K
   bool relu;
-  bool stream;          // write past the caches: K % 32 == 0 and out on a 64-byte boundary
+  const unsigned char* ahead;  // memory that is needed later, to be fetched into L2 meanwhile
+  int64_t ahead_bytes;
   bool filters_inside;  // loop order: all filters for one block of rows before the next, or the
                         // other way round
 };
 
-// Rows [row_begin, row_end) and filter blocks [n_begin, n_end), on the calling thread. Each output
-// element is a sum in the order of taps and channels whatever the range, so results do not depend
-// on how work is divided.
-void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
+// Blocks [begin, end) of rows and filter blocks [n_begin, n_end), on the calling thread. Each
+// output element is a sum in the order of taps and channels whatever the range, so results do not
+// depend on how work is divided.
+void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end);
-void tile_conv_portable(const TileConvParams& p, int64_t row_begin, int64_t row_end,
-                        int64_t n_begin, int64_t n_end);
+void tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                        int64_t n_end);
 
 // True if this CPU and kernel let the process use AMX; asks the kernel's permission on the first
 // call.
@@ -69,22 +75,24 @@ struct TilePackParams {
 };
 void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end);
 
-// One image into planes. Plane f = fy * phases_w + fx holds the pixels (y * stride_h + fy, x *
-// stride_w + fx) of the padded image for the phases in use, as [rows][pitch][channels]. Lines of a
-// plane overlap by the zeros at their ends.
-struct PlaneParams {
-  const uint16_t* x;  // [H, W, C]
-  uint16_t* planes;
-  int64_t H, W, C;
-  int64_t channels;  // C rounded up to a multiple of 32
-  int64_t stride[2], padding[2];
-  int64_t phases[2];  // in use: 1, or stride
-  int64_t lines;      // of a plane
-  int64_t width;      // pixels of a line that are read, pitch <= width
-  int64_t pitch;
-  int64_t plane_pixels;  // lines * pitch and slack, which is zeroed
+// `count` pixels of C channels, `from_step` pixels apart, to pixels of `channels` channels,
+// `to_step` apart; zeros behind C.
+struct CopyPixelsParams {
+  const uint16_t* from;
+  uint16_t* to;
+  int64_t count, C, channels;
+  int64_t from_step, to_step;
 };
-// Lines [begin, end) of all planes, counted through; line (plane, y) is plane * lines + y.
-void fill_planes_cpu(const PlaneParams& p, int64_t begin, int64_t end);
+void copy_pixels_cpu(const CopyPixelsParams& p);
+
+// W pixels of C <= 4 channels as 4 channels each, zeros behind C. Returns false if one is NaN or
+// infinite.
+struct PackPixelsParams {
+  const uint16_t* x;
+  uint64_t* to;
+  int64_t C, W;
+  int64_t c_stride, w_stride;  // in elements
+};
+bool pack_pixels_cpu(const PackPixelsParams& p);
 
 }  // namespace resnet_fused

@@ -107,6 +107,18 @@ Tensor run_chain(const Chain& chain) {
   std::vector<ConvRunner> project;
   if (chain.downsample.present()) project.emplace_back(chain.downsample, x.shape(), dtype);
 
+  const auto on_tiles = [](const ConvRunner& r) { return r.on_tiles(); };
+  if (std::all_of(runners.begin(), runners.end(), on_tiles) &&
+      std::all_of(project.begin(), project.end(), on_tiles)) {
+    std::vector<TileStep> steps;
+    for (const ConvRunner& r : runners) steps.push_back(r.tile_step());
+    const TileStep step = project.empty() ? TileStep{} : project[0].tile_step();
+    Tensor out = empty_channels_last(out_sizes, dtype, x);
+    run_tile_chain(steps, project.empty() ? nullptr : &step, x, chain.add_x ? x : residual,
+                   chain.relu, out);
+    return out;
+  }
+
   uint32_t threads = 1;
   check_torch(torch_get_num_threads(&threads), "thread count");
   const int64_t piece = images_per_piece(N, most * item_size(dtype), threads);

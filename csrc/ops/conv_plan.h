@@ -21,6 +21,13 @@ constexpr bool planes_fit(const int64_t stride[2], const int64_t padding[2],
          std::max(dilation[0], dilation[1]) <= kMost;
 }
 
+// True if the tile convolution can count the pixels of planes and outputs in 32 bits, given that
+// planes_fit.
+constexpr bool map_fits(int64_t H, int64_t W) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  return H <= kMost && W <= kMost && (H + 128) * (W + 128) <= kMost;
+}
+
 // The way of one convolution; `tiles` says whether the tile kernels can take it at all.
 //
 // bf16 goes to the tile kernels, except grouped convolutions and those with fewer channels than
@@ -76,13 +83,23 @@ constexpr int64_t tile_input_bytes(int64_t weight_bytes) {
   return weight_bytes > (int64_t{512} << 10) ? int64_t{1} << 20 : int64_t{256} << 10;
 }
 
-// Rows of a matrix that a thread takes at a time in the tile convolution, so that they fill
-// `bytes`: a multiple of 32, the same number of chunks for each thread.
-constexpr int64_t rows_per_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t threads) {
-  const int64_t fit = std::max<int64_t>(bytes / row_bytes, 64);
-  const int64_t rounds = (rows + fit * threads - 1) / (fit * threads);
-  const int64_t even = (rows + rounds * threads - 1) / (rounds * threads);
-  return (even + 31) / 32 * 32;
+// Images that a thread takes through a chain of tile convolutions together, whose intermediate
+// tensors have `bytes` per image. The more, the less often the weights pass by, which come from L3;
+// but what does not stay in L2 (2 MB) comes from there as well.
+constexpr int64_t images_per_group(int64_t images, int64_t bytes, int64_t weight_bytes) {
+  const int64_t fit = std::max(int64_t{1} << 20, weight_bytes / 2);
+  return std::max<int64_t>(std::min(images, fit / std::max<int64_t>(bytes, 1)), 1);
+}
+
+// Whether threads divide the filters of a convolution, or else its rows: what is larger, weights or
+// input, should go to one thread only; but above all, all threads should have as much to do.
+constexpr bool divide_filters(int64_t blocks, int64_t panels, int64_t threads, int64_t weight_bytes,
+                              int64_t input_bytes) {
+  const int64_t by_rows = (blocks + threads - 1) / threads * panels;
+  const int64_t by_filters = (panels + threads - 1) / threads * blocks;
+  if (by_rows != by_filters && 8 * by_rows > 9 * by_filters) return true;
+  if (by_rows != by_filters && 8 * by_filters > 9 * by_rows) return false;
+  return weight_bytes > input_bytes;
 }
 
 // Loop order of the tile convolution: true if the input of 32 pixels stays in L1 (of at least 32

@@ -44,8 +44,9 @@ Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, cons
   return Tensor(out);
 }
 
-Form form_of(const Conv& conv, const Sizes& out, DType dtype) {
-  const bool tiles = tiles_available() && planes_fit(conv.stride, conv.padding, conv.dilation);
+Form form_of(const Conv& conv, const Sizes& in, const Sizes& out, DType dtype) {
+  const bool tiles = tiles_available() && planes_fit(conv.stride, conv.padding, conv.dilation) &&
+                     map_fits(in[2], in[3]);
   const Tensor& w = conv.weight;
   const ConvPath path =
       conv_path(dtype, w.size(1), conv.groups, w.size(2), w.size(3), conv.stride, out[3], tiles);
@@ -60,7 +61,7 @@ ConvRunner::ConvRunner(const Conv& conv, const Sizes& in, DType dtype)
     : conv_(conv),
       in_(in),
       out_(conv.out_sizes(in)),
-      form_(form_of(conv, out_, dtype)),
+      form_(form_of(conv, in, out_, dtype)),
       packed_(pack(conv, in, form_)) {
   if (form_ == Form::tiles) affine_ = read_affine(conv);
 }
@@ -73,10 +74,8 @@ Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu
   if (form_ == Form::tiles) {
     Sizes sizes = out_;
     sizes[0] = x.size(0);
-    // Part of a large output: what reads it comes when the caches have long lost it.
-    const bool stream = out.defined();
-    if (!stream) out = empty_channels_last(sizes, dtype, x);
-    run_tile_conv(conv_, packed_->weight, affine_, x, residual, relu, stream, out);
+    if (!out.defined()) out = empty_channels_last(sizes, dtype, x);
+    run_tile_chain({tile_step()}, nullptr, x, residual, relu, out);
     return out;
   }
   std::shared_ptr<const Packed> packed = packed_;

@@ -6,7 +6,7 @@
 
 #include "conv.h"
 #include "pack.h"
-#include "tile_conv.h"
+#include "tile_chain.h"
 
 namespace resnet_fused {
 
@@ -24,6 +24,10 @@ class ConvRunner {
 
   // A bound on the output's magnitude before the residual is added, for inputs below `bound`.
   double out_bound(double bound) const;
+
+  // Whether it runs on tiles, and then what a chain of such needs.
+  bool on_tiles() const { return form_ == Form::tiles; }
+  TileStep tile_step() const { return {&conv_, packed_, &affine_}; }
 
  private:
   const Conv& conv_;

@@ -21,15 +21,18 @@ constexpr int kSamples = 16;
 constexpr size_t kLayouts =
     4;  // packings kept per weight: oneDNN's layout depends on the input's height and width
 
+constexpr int kCallsToPack = 3;
+
 struct Layout {
-  int64_t height, width;
+  int64_t height, width;  // of the input; 0: serves every size
   std::shared_ptr<const Packed> packed;
 };
 
 struct Entry {
   uint64_t stamp = 0;
   std::list<Layout> layouts;                // most recently made first
-  int64_t new_height = -1, new_width = -1;  // an input size seen once that has no layout yet
+  int64_t new_height = -1, new_width = -1;  // the last input size that had no layout of its own
+  int new_calls = 0;                        // with it, running
   int64_t bytes = 0;
   uint64_t last_use = 0;
 };
@@ -114,12 +117,14 @@ uint64_t folded_stamp(const Conv& conv, uint64_t hash) {
   return hash;
 }
 
+bool is_tiles(Form form) { return form == Form::tiles || form == Form::tile_windows; }
+
 uint64_t stamp_of(const Conv& conv, Form form) {
   const Tensor& w = conv.weight;
   uint64_t hash = static_cast<uint64_t>(dtype_of(w));
   for (int64_t i = 0; i < 4; ++i)
     hash = hash_cpu(w.sizes() + i, 8, hash_cpu(w.strides() + i, 8, hash));
-  if (form != Form::tiles) hash = folded_stamp(conv, hash);
+  if (!is_tiles(form)) hash = folded_stamp(conv, hash);
   if (is_inference(w)) return hash_cpu(w.data(), extent(w), hash);
   const uint64_t v = version(w);
   return sample_hash_cpu(w.data(), extent(w), kSamples, hash_cpu(&v, sizeof(v), hash));
@@ -139,9 +144,25 @@ Tensor reorder(Tensor weight, const Conv& conv, const Sizes& in) {
   return Tensor(h);
 }
 
-std::shared_ptr<const Packed> make_tiles(const Conv& conv) {
+// [K, C, R, S] as [K, 32, R, 1]: channel s * 4 + c.
+Tensor windows(const Tensor& weight) {
+  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  Tensor wide = empty_strided({K, kTileK, R, 1}, contiguous_strides({K, kTileK, R, 1}),
+                              weight.dtype(), weight);
+  const auto* from = static_cast<const uint16_t*>(weight.data());
+  auto* to = static_cast<uint16_t*>(wide.mutable_data());
+  std::memset(to, 0, static_cast<size_t>(K * kTileK * R) * 2);
+  for (int64_t i = 0; i < K * C * R * S; ++i) {
+    const int64_t s = i % S, r = i / S % R, c = i / (S * R) % C, k = i / (S * R * C);
+    to[(k * kTileK + s * 4 + c) * R + r] = from[i];
+  }
+  return wide;
+}
+
+std::shared_ptr<const Packed> make_tiles(const Conv& conv, bool as_windows) {
   // Rounded to bf16 here if the weight is wider; dense in the order K, C, R, S.
-  const Tensor weight = copy_as(conv.weight, aoti_torch_dtype_bfloat16());
+  Tensor weight = copy_as(conv.weight, aoti_torch_dtype_bfloat16());
+  if (as_windows) weight = windows(weight);
   const int64_t K = conv.channels(), C = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t size = round_up(K, kTileN) * round_up(C, kTileK) * taps;
   auto packed = std::make_shared<Packed>();
@@ -153,7 +174,8 @@ std::shared_ptr<const Packed> make_tiles(const Conv& conv) {
   return packed;
 }
 
-std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, bool bf16) {
+std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, bool bf16,
+                                          bool plain) {
   const int64_t K = conv.channels();
   const Affine affine = read_affine(conv);
   auto packed = std::make_shared<Packed>();
@@ -175,7 +197,8 @@ std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, boo
     weight = copy_as(weight, aoti_torch_dtype_bfloat16());
     packed->shift = copy_as(packed->shift, aoti_torch_dtype_bfloat16());
   }
-  packed->weight = reorder(std::move(weight), conv, in);
+  packed->weight = plain ? copy_as(weight, weight.dtype(), channels_last_strides(weight.shape()))
+                         : reorder(std::move(weight), conv, in);
   return packed;
 }
 
@@ -198,18 +221,24 @@ void shrink(Cache& c, const Key& keep) {
   }
 }
 
-// A packing that serves inputs of this size, or null if one must be made. A new size borrows
-// another's layout (oneDNN then reorders at the call, right but slower) until it comes a second
-// time: random sizes never pack twice.
-std::shared_ptr<const Packed> find(Entry& e, int64_t height, int64_t width) {
+// A packing that serves inputs of this size, or null if one must be made. oneDNN's blocked layouts
+// are for one size each. The first size gets one, further sizes when they come three times running;
+// until then they share weights without blocks (`*plain`), which oneDNN reorders at every call, as
+// it does eager's: 10 to 20 % more time. So random sizes never pack.
+std::shared_ptr<const Packed> find(Entry& e, int64_t height, int64_t width, bool* plain) {
   for (const Layout& l : e.layouts) {
     if (l.height == height && l.width == width) return l.packed;
   }
-  if (e.layouts.empty()) return nullptr;
-  if (e.new_height == height && e.new_width == width) return nullptr;
+  const bool same = e.new_height == height && e.new_width == width;
+  e.new_calls = same ? e.new_calls + 1 : 1;
   e.new_height = height;
   e.new_width = width;
-  return e.layouts.front().packed;
+  if (e.layouts.empty() || e.new_calls == kCallsToPack) return nullptr;
+  *plain = true;
+  for (const Layout& l : e.layouts) {
+    if (l.height == 0) return l.packed;
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -217,20 +246,22 @@ std::shared_ptr<const Packed> find(Entry& e, int64_t height, int64_t width) {
 std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form) {
   const Key key{conv.weight.data(), form};
   const uint64_t stamp = stamp_of(conv, form);
+  bool plain = false;
   // A tile packing serves every input.
-  const int64_t height = form == Form::tiles ? 0 : in[2], width = form == Form::tiles ? 0 : in[3];
+  int64_t height = is_tiles(form) ? 0 : in[2], width = is_tiles(form) ? 0 : in[3];
   Cache& c = cache();
   {
     std::lock_guard<std::mutex> lock(c.mutex);
     auto found = c.entries.find(key);
     if (found != c.entries.end() && found->second.stamp == stamp) {
       found->second.last_use = ++c.clock;
-      if (auto packed = find(found->second, height, width)) return packed;
+      if (auto packed = find(found->second, height, width, &plain)) return packed;
     }
   }
   // Outside the lock: two threads may both pack, and one result is dropped.
-  auto packed =
-      form == Form::tiles ? make_tiles(conv) : make_folded(conv, in, form == Form::folded_bf16);
+  auto packed = is_tiles(form) ? make_tiles(conv, form == Form::tile_windows)
+                               : make_folded(conv, in, form == Form::folded_bf16, plain);
+  if (plain) height = width = 0;
   packings.fetch_add(1, std::memory_order_relaxed);
   const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 ? 4 : 2);
   std::lock_guard<std::mutex> lock(c.mutex);
@@ -255,7 +286,8 @@ void resnet_fused_pack_drop(const void* weight) {
   using namespace resnet_fused;
   Cache& c = cache();
   std::lock_guard<std::mutex> lock(c.mutex);
-  for (Form form : {Form::folded_f32, Form::folded_bf16, Form::tiles}) erase(c, {weight, form});
+  for (Form form : {Form::folded_f32, Form::folded_bf16, Form::tiles, Form::tile_windows})
+    erase(c, {weight, form});
 }
 
 int64_t resnet_fused_pack_count() { return resnet_fused::packings.load(std::memory_order_relaxed); }

@@ -18,6 +18,7 @@ enum class Form {
   folded_f32,   // BatchNorm folded in, oneDNN's blocked layout, fp32
   folded_bf16,  // likewise, bf16
   tiles,        // as it is, in the tile convolution's blocks, bf16
+  tile_windows  // likewise, a row of the window (8 pixels of 4 channels) as 32 channels of a tap
 };
 
 struct Packed {

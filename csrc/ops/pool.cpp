@@ -3,8 +3,12 @@
 
 #include <sys/mman.h>
 
-#include <map>
+#include <iterator>
 #include <mutex>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
 
 namespace resnet_fused {
 namespace {
@@ -14,7 +18,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Pool {
   std::mutex mutex;
-  std::multimap<size_t, void*> unused;  // by size
+  std::vector<std::pair<size_t, void*>> unused;  // the last given back at the end
   size_t bytes = 0;
 };
 // Never destroyed: tensors may die after static destructors have run.
@@ -32,18 +36,19 @@ void* map_block(size_t bytes) {
   return block;
 }
 
-// The smallest unused block that is large enough and not more than four times too large, or a new
-// one.
+// The unused block that was given back last, of those that are large enough and not more than
+// sixteen times too large; or a new one. What was used last is most likely still in L3, whatever
+// its size: a network whose tensors shrink from layer to layer stays within its two largest ones.
 void* take(size_t bytes, size_t* size) {
   Pool& p = pool();
   {
     std::lock_guard<std::mutex> lock(p.mutex);
-    auto found = p.unused.lower_bound(bytes);
-    if (found != p.unused.end() && found->first <= 4 * bytes) {
-      void* block = found->second;
-      *size = found->first;
-      p.bytes -= found->first;
-      p.unused.erase(found);
+    for (auto i = p.unused.rbegin(); i != p.unused.rend(); ++i) {
+      if (i->first < bytes || i->first > 16 * bytes) continue;
+      void* block = i->second;
+      *size = i->first;
+      p.bytes -= i->first;
+      p.unused.erase(std::next(i).base());
       return block;
     }
   }
@@ -58,7 +63,7 @@ void give_back(void* block, void* context) {
   {
     std::lock_guard<std::mutex> lock(p.mutex);
     if (p.bytes + size <= static_cast<size_t>(kPoolBytes)) {
-      p.unused.emplace(size, block);
+      p.unused.emplace_back(size, block);
       p.bytes += size;
       return;
     }
@@ -67,6 +72,11 @@ void give_back(void* block, void* context) {
 }
 
 }  // namespace
+
+Scratch::Scratch(size_t bytes) : block_(take(bytes > kLeast ? bytes : kLeast, &size_)) {
+  require(block_ != nullptr, "out of memory: ", bytes, " bytes of scratch; use a smaller batch");
+}
+Scratch::~Scratch() { give_back(block_, reinterpret_cast<void*>(size_)); }
 
 Tensor empty_channels_last(const Sizes& sizes, DType dtype, const Tensor& like) {
   const Sizes strides = channels_last_strides(sizes);

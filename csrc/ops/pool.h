@@ -17,6 +17,20 @@ constexpr int64_t kPoolBytes = int64_t{512} << 20;
 // on) can give memory back to it.
 Tensor empty_channels_last(const Sizes& sizes, DType dtype, const Tensor& like);
 
+// Uninitialised memory from the pool, on a page boundary.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  unsigned char* data() const { return static_cast<unsigned char*>(block_); }
+
+ private:
+  size_t size_ = 0;  // before block_, which sets it
+  void* block_;
+};
+
 }  // namespace resnet_fused
 
 extern "C" {

@@ -6,6 +6,7 @@
 #include "conv_runner.h"
 #include "layout.h"
 #include "ops.h"
+#include "tile_stem.h"
 
 namespace resnet_fused {
 
@@ -20,28 +21,41 @@ Chain read(StableIValue* stack) {
   return chain;
 }
 
+// The convolution's output is written to memory, for some images at a time.
+void convolve_and_pool(const Conv& conv, const Tensor& any_x, const Tensor& y) {
+  const Tensor x = to_channels_last(any_x);
+  const DType dtype = dtype_of(x);
+  const Sizes sizes = conv.out_sizes(x.shape());
+  const int64_t N = sizes[0], K = sizes[1], H = sizes[2], W = sizes[3];
+  const ConvRunner runner(conv, x.shape(), dtype);
+  uint32_t threads = 1;
+  check_torch(torch_get_num_threads(&threads), "thread count");
+  const int64_t piece = images_per_piece(N, K * H * W * item_size(dtype), threads);
+  for (int64_t n = 0; n < N; n += piece) {
+    const int64_t count = std::min(piece, N - n);
+    const Tensor h = runner(images(x, n, count), Tensor(), false, Tensor(), kUnbounded);
+    const Tensor out = images(y, n, count);
+    const ReluMaxPoolParams p{h.data(), out.mutable_data(), count, H, W, K, dtype};
+    parallel_for(count * y.size(2), 1, [&](int64_t b, int64_t e) { relu_max_pool_cpu(p, b, e); });
+  }
+}
+
 }  // namespace
 
 void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
   const Chain chain = read(stack);
-  const Sizes conv_sizes = check_chain(chain);
-  const int64_t N = conv_sizes[0], K = conv_sizes[1], H = conv_sizes[2], W = conv_sizes[3];
-  const Sizes sizes{N, K, (H + 1) / 2, (W + 1) / 2};
+  const Sizes s = check_chain(chain);
+  const int64_t N = s[0];
+  const Sizes sizes{N, s[1], (s[2] + 1) / 2, (s[3] + 1) / 2};
   const DType dtype = dtype_of(chain.x);
   Tensor y = empty_channels_last(sizes, dtype, chain.x);
-  if (N > 0) {
-    const Tensor x = to_channels_last(chain.x);
-    const ConvRunner conv(chain.convs[0], x.shape(), dtype);
-    uint32_t threads = 1;
-    check_torch(torch_get_num_threads(&threads), "thread count");
-    const int64_t piece = images_per_piece(N, K * H * W * item_size(dtype), threads);
-    for (int64_t n = 0; n < N; n += piece) {
-      const int64_t count = std::min(piece, N - n);
-      const Tensor h = conv(images(x, n, count), Tensor(), false, Tensor(), kUnbounded);
-      const Tensor out = images(y, n, count);
-      const ReluMaxPoolParams p{h.data(), out.mutable_data(), count, H, W, K, dtype};
-      parallel_for(count * sizes[2], 1, [&](int64_t b, int64_t e) { relu_max_pool_cpu(p, b, e); });
-    }
+  const Conv& conv = chain.convs[0];
+  if (N > 0 && dtype == DType::bf16 && tiles_available() && tile_stem_fits(conv, chain.x.shape())) {
+    const auto packed = pack(conv, chain.x.shape(), Form::tile_windows);
+    for (int64_t n : run_tile_stem(conv, *packed, read_affine(conv), chain.x, y))
+      convolve_and_pool(conv, images(chain.x, n, 1), images(y, n, 1));
+  } else if (N > 0) {
+    convolve_and_pool(conv, chain.x, y);
   }
   stack[0] = boxed(std::move(y));
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Host side of the tile convolution: plan, scratch, division of the work over torch's threads.
+// What every tile convolution needs: its kernel, and BatchNorm as the kernel wants it.
 #pragma once
 
 #include <vector>
 
+#include "../kernels/tile_conv.h"
 #include "conv.h"
 
 namespace resnet_fused {
@@ -15,13 +16,12 @@ struct Affine {
 };
 Affine read_affine(const Conv& conv);
 
-// out = act(bn(conv(x)) + residual) for dense NHWC bf16 tensors; residual may be absent. `stream`:
-// write past the caches where that can be done.
-void run_tile_conv(const Conv& conv, const Tensor& packed, const Affine& affine, const Tensor& x,
-                   const Tensor& residual, bool relu, bool stream, const Tensor& out);
-
 // True if bf16 convolutions without groups run on tiles here.
 bool tiles_available();
+
+// The kernel that runs them.
+using TileKernel = void(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
+TileKernel* tile_kernel();
 
 }  // namespace resnet_fused
 

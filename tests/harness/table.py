@@ -149,9 +149,10 @@ def _block_case(name: str, why: str, n: int, c: int, mid: int, out: int, **optio
         else:
             convs = [s.conv(c, out, 3, stride=stride), s.conv(out, out, 3)]
         project = stride != (1, 1) or c != out
-        return (x, *convs, s.conv(c, out, stride=stride) if project else None), {}
+        window = options.get("window", 1)
+        return (x, *convs, s.conv(c, out, window, stride=stride) if project else None), {}
 
-    return Case(name, make, why, slow=name == "pieces")
+    return Case(name, make, why, slow=name in ("pieces", "strips", "groups"))
 
 
 def _flat_conv(
@@ -214,12 +215,15 @@ TABLE = {
                     {},
                 ),
                 why,
+                slow=h > 100,
             )
             for n, c, h, w, window, why in (
                 (2, 3, 32, 30, 7, "the usual stem"),
                 (1, 1, 9, 11, 7, "grey images, odd sizes"),
                 (3, 4, 16, 1, 3, "one pixel wide: torch's AMX bug"),
                 (1, 3, 1, 1, 7, "one pixel"),
+                (3, 2, 331, 141, 7, "several strips of lines, an image left over for two threads"),
+                (2, 3, 250, 36, 5, "several strips, another window"),
                 (1, 64, 12, 10, 3, "the last convolution of a deep stem"),
                 (0, 3, 32, 32, 7, "an empty batch"),
             )
@@ -234,8 +238,11 @@ TABLE = {
             _block_case("identity", "the usual block", 2, 64, 0, 64),
             _block_case("stride2", "projection of stride 2", 3, 32, 0, 64, stride=(2, 2)),
             _block_case("widen", "projection of stride 1", 1, 24, 0, 40, hw=(1, 2)),
+            _block_case("window", "projection 3x3", 2, 32, 0, 64, stride=(2, 2), window=3),
             _block_case("narrow", "one pixel wide", 1, 64, 0, 64, hw=(5, 2), stride=(2, 2)),
             _block_case("pieces", "more images than a piece", 5, 64, 0, 64, hw=(112, 112)),
+            _block_case("strips", "several strips of lines", 2, 64, 0, 64, hw=(65, 57)),
+            _block_case("groups", "images side by side on small maps", 19, 64, 0, 64),
             _block_case("empty", "an empty batch", 0, 64, 0, 64),
         ),
         _flat_block,
@@ -249,8 +256,16 @@ TABLE = {
             _block_case("identity", "the usual block", 2, 128, 32, 128),
             _block_case("stride2", "projection of stride 2", 3, 64, 32, 96, stride=(2, 2)),
             _block_case("widen", "projection of stride 1", 2, 64, 64, 256, hw=(9, 9)),
+            _block_case("whole", "projection of whole tiles of x", 3, 64, 32, 128, hw=(8, 8)),
+            _block_case("window", "projection 3x3", 2, 64, 32, 96, hw=(8, 9), window=3),
             _block_case("odd", "no multiple of a tile", 5, 70, 33, 70, hw=(3, 1)),
             _block_case("pieces", "more images than a piece", 5, 256, 32, 256, hw=(56, 56)),
+            _block_case("strips", "several strips of lines", 2, 512, 32, 512, hw=(31, 30)),
+            _block_case(
+                "strips", "strips of a stride", 3, 256, 64, 320, hw=(57, 55), stride=(2, 2)
+            ),
+            _block_case("groups", "images side by side on small maps", 19, 96, 64, 96),
+            _block_case("groups", "and a stride", 33, 64, 64, 128, stride=(2, 2)),
             _block_case("empty", "an empty batch", 0, 64, 32, 64),
         ),
         _flat_block,

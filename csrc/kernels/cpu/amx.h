@@ -21,8 +21,13 @@
 #include "simd.h"
 #endif
 
+#define RESNET_FUSED_ALWAYS inline __attribute__((always_inline))
+
 namespace resnet_fused {
 namespace RESNET_FUSED_TILES {
+
+// What is added to a convolution's result.
+enum class Add { nothing, residual, projected };
 
 #ifdef RESNET_FUSED_AMX
 
@@ -44,19 +49,17 @@ struct alignas(64) Tiles {
     asm volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
-  ~Tiles() {
-    _mm_sfence();  // streamed outputs become visible to other threads
-    _tile_release();
-  }
+  ~Tiles() { _tile_release(); }
 
   // Begin a block with its first k-step, two A tiles of 16 rows each times two B tiles of 1 KB
   // each, and store the block before it. A store behind the last product would wait for it; between
   // the next block's loads it waits for nothing.
-  inline void first(const unsigned char* a, int64_t row_bytes, const unsigned char* b, float* c) {
-    _tile_loadd(4, a, row_bytes);
+  RESNET_FUSED_ALWAYS void first(const unsigned char* a0, const unsigned char* a1,
+                                 int64_t row_bytes, const unsigned char* b, float* c) {
+    _tile_loadd(4, a0, row_bytes);
     _tile_loadd(6, b, 64);
     _tile_loadd(7, b + 1024, 64);
-    _tile_loadd(5, a + 16 * row_bytes, row_bytes);
+    _tile_loadd(5, a1, row_bytes);
     _tile_stored(0, c, 128);
     _tile_zero(0);
     _tile_dpbf16ps(0, 4, 6);
@@ -72,12 +75,13 @@ struct alignas(64) Tiles {
     asm volatile("" ::: "memory");
   }
   // A further k-step.
-  inline void step(const unsigned char* a, int64_t row_bytes, const unsigned char* b) {
-    _tile_loadd(4, a, row_bytes);
+  RESNET_FUSED_ALWAYS void step(const unsigned char* a0, const unsigned char* a1, int64_t row_bytes,
+                                const unsigned char* b) {
+    _tile_loadd(4, a0, row_bytes);
     _tile_loadd(6, b, 64);
     _tile_loadd(7, b + 1024, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a + 16 * row_bytes, row_bytes);
+    _tile_loadd(5, a1, row_bytes);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
@@ -92,40 +96,59 @@ struct alignas(64) Tiles {
   }
 };
 
-// BatchNorm of 32 filters, the bits of those that exist, and what follows it.
-struct Epilogue {
+// BatchNorm of 32 filters as fp32 scale and shift.
+struct Normed {
   __m512 scale[2], shift[2];
-  uint32_t mask;
-  bool relu, stream;
 
-  inline Epilogue(const float* scale_, const float* shift_, uint32_t mask_, bool relu_,
-                  bool stream_)
-      : mask(mask_), relu(relu_), stream(stream_) {
+  RESNET_FUSED_ALWAYS Normed(const float* scale_, const float* shift_) {
     for (int h = 0; h < 2; ++h) {
       scale[h] = _mm512_loadu_ps(scale_ + 16 * h);
       shift[h] = _mm512_loadu_ps(shift_ + 16 * h);
     }
   }
+  RESNET_FUSED_ALWAYS __m512 half(const float* c, int h) const {
+    return _mm512_fmadd_ps(_mm512_load_ps(c + 16 * h), scale[h], shift[h]);
+  }
+};
 
-  // One pixel: 32 sums to 32 outputs; residual may be null.
-  inline void operator()(const float* c, const uint16_t* residual, uint16_t* out) const {
-    __m512 v0 = _mm512_fmadd_ps(_mm512_load_ps(c), scale[0], shift[0]);
-    __m512 v1 = _mm512_fmadd_ps(_mm512_load_ps(c + 16), scale[1], shift[1]);
-    if (residual != nullptr) {
-      const __m512i r = _mm512_maskz_loadu_epi16(mask, residual);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(r));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(r, 1));
-      v0 = _mm512_add_ps(v0, _mm512_castsi512_ps(_mm512_slli_epi32(low, 16)));
-      v1 = _mm512_add_ps(v1, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
+// What happens to the sums of 32 filters, of which those exist whose bits are set in `mask`. With
+// kWhole zeros are written where none exists.
+template <Add kAdd, bool kRelu, bool kWhole>
+struct Epilogue {
+  const Normed main, other;
+  const uint32_t mask;
+
+  // 16-bit elements [first, first + 16) as floats: each goes to the upper half of 32 bits.
+  template <int first>
+  static RESNET_FUSED_ALWAYS __m512 widen(__m512i bits) {
+    const __m512i from = _mm512_set_epi16(first + 15, 0, first + 14, 0, first + 13, 0, first + 12,
+                                          0, first + 11, 0, first + 10, 0, first + 9, 0, first + 8,
+                                          0, first + 7, 0, first + 6, 0, first + 5, 0, first + 4, 0,
+                                          first + 3, 0, first + 2, 0, first + 1, 0, first, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, bits));
+  }
+
+  // One pixel: 32 sums to 32 outputs.
+  RESNET_FUSED_ALWAYS void operator()(const float* c, const float* projected,
+                                      const uint16_t* residual, uint16_t* out) const {
+    __m512 v0 = main.half(c, 0), v1 = main.half(c, 1);
+    if (kAdd == Add::projected) {
+      v0 = _mm512_add_ps(v0, other.half(projected, 0));
+      v1 = _mm512_add_ps(v1, other.half(projected, 1));
     }
-    if (relu) {
+    if (kAdd == Add::residual) {
+      const __m512i r = _mm512_maskz_loadu_epi16(mask, residual);
+      v0 = _mm512_add_ps(v0, widen<0>(r));
+      v1 = _mm512_add_ps(v1, widen<16>(r));
+    }
+    if (kRelu) {
       // The second operand is returned if either is NaN.
       v0 = _mm512_max_ps(_mm512_setzero_ps(), v0);
       v1 = _mm512_max_ps(_mm512_setzero_ps(), v1);
     }
     const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0));
-    if (stream) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), rounded);
+    if (kWhole) {
+      _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(mask, rounded));
     } else {
       _mm512_mask_storeu_epi16(out, mask, rounded);
     }
@@ -139,15 +162,17 @@ inline void prefetch(const unsigned char*) {}
 struct Tiles {
   float acc[32 * 32] = {};
 
-  void first(const unsigned char* a, int64_t row_bytes, const unsigned char* b, float* c) {
+  void first(const unsigned char* a0, const unsigned char* a1, int64_t row_bytes,
+             const unsigned char* b, float* c) {
     store(c);
     std::memset(acc, 0, sizeof(acc));
-    step(a, row_bytes, b);
+    step(a0, a1, row_bytes, b);
   }
-  void step(const unsigned char* a, int64_t row_bytes, const unsigned char* b) {
+  void step(const unsigned char* a0, const unsigned char* a1, int64_t row_bytes,
+            const unsigned char* b) {
     for (int m = 0; m < 32; ++m) {
       uint16_t x[32], w[2];
-      std::memcpy(x, a + m * row_bytes, 64);
+      std::memcpy(x, (m < 16 ? a0 : a1) + m % 16 * row_bytes, 64);
       for (int n = 0; n < 32; ++n) {
         for (int pair = 0; pair < 16; ++pair) {
           std::memcpy(w, b + (n / 16) * 1024 + pair * 64 + (n % 16) * 4, 4);
@@ -160,17 +185,27 @@ struct Tiles {
   void store(float* c) const { std::memcpy(c, acc, sizeof(acc)); }
 };
 
-struct Epilogue {
+struct Normed {
   const float *scale, *shift;
-  uint32_t mask;
-  bool relu, stream;
+  Normed(const float* scale_, const float* shift_) : scale(scale_), shift(shift_) {}
+};
 
-  void operator()(const float* c, const uint16_t* residual, uint16_t* out) const {
+template <Add kAdd, bool kRelu, bool kWhole>
+struct Epilogue {
+  const Normed main, other;
+  const uint32_t mask;
+
+  void operator()(const float* c, const float* projected, const uint16_t* residual,
+                  uint16_t* out) const {
     for (int n = 0; n < 32; ++n) {
-      if ((mask >> n & 1u) == 0) continue;
-      float v = c[n] * scale[n] + shift[n];
-      if (residual != nullptr) v += bf16_to_float(residual[n]);
-      if (relu) v = v < 0.0f ? 0.0f : v;
+      if ((mask >> n & 1u) == 0) {
+        if (kWhole) out[n] = 0;
+        continue;
+      }
+      float v = c[n] * main.scale[n] + main.shift[n];
+      if (kAdd == Add::projected) v += projected[n] * other.scale[n] + other.shift[n];
+      if (kAdd == Add::residual) v += bf16_to_float(residual[n]);
+      if (kRelu) v = v < 0.0f ? 0.0f : v;
       out[n] = float_to_bf16(v);
     }
   }

@@ -41,9 +41,9 @@ bool amx_available() {
 #include "tile_conv_body.h"
 
 namespace resnet_fused {
-void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
+void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end) {
-  amx::tile_conv(p, row_begin, row_end, n_begin, n_end);
+  amx::tile_conv(p, begin, end, n_begin, n_end);
 }
 }  // namespace resnet_fused
 #pragma GCC diagnostic pop
@@ -53,9 +53,9 @@ void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, 
 
 namespace resnet_fused {
 bool amx_available() { return false; }
-void tile_conv_amx(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
+void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end) {
-  tile_conv_portable(p, row_begin, row_end, n_begin, n_end);
+  tile_conv_portable(p, begin, end, n_begin, n_end);
 }
 }  // namespace resnet_fused
 

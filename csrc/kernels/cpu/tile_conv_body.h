@@ -3,9 +3,9 @@
 // it computes.
 //
 // A block is 32 pixels x 32 filters in four accumulators, which loads each A and B tile once for
-// two products. Blocks are pipelined: while the tiles compute a block, the vector units finish the
-// one before it (BatchNorm, residual, ReLU, rounding), some rows after each k-step, so that neither
-// waits for the other.
+// two products. Blocks are pipelined: in the first k-step of a block the sums of the one before it
+// are stored, and meanwhile the vector units finish the one before that (BatchNorm, residual, ReLU,
+// rounding), some rows after each k-step, so that neither waits for the other, nor for the stores.
 #include "../tile_conv.h"
 #include "amx.h"
 
@@ -18,104 +18,180 @@ static_assert(kTileM == 32 && kTileN == 32 && kTileK == 32, "Tiles::step compute
 // quarter of the time of the 7x7 layers.
 constexpr int64_t kAhead = 4096;
 
-// A block whose sums are known but not finished: rows [next, end) of `c`, whose row i is GEMM row m
-// + i.
+// What a call does with its sums; a loop is compiled for each.
+template <Add kAdd_, bool kRelu, bool kWhole>
+struct Kind {
+  static constexpr Add kAdd = kAdd_;
+  using Finish = Epilogue<kAdd, kRelu, kWhole>;
+};
+
+// A block whose sums are known, but not finished.
 struct Unfinished {
   alignas(64) float c[kTileM * kTileN];
-  int64_t next, end;
-  int64_t line, q;  // of row `next`
-  int64_t k;        // first filter
+  const float* projected = nullptr;  // the second convolution's sums
+  const int32_t* places = nullptr;   // none: there is no block
+  int64_t k = 0;                     // first filter
+};
 
-  inline void begin(const TileConvParams& p, int64_t m, int64_t first, int64_t last,
-                    int64_t filter) {
-    next = first;
-    end = last;
-    line = (m + first) / p.pitch;
-    q = (m + first) % p.pitch;
-    k = filter;
-  }
+// Finishes an `Unfinished` some rows at a time. All of it is inlined, or it would live in memory,
+// which costs more than the work itself.
+template <typename Kind>
+struct Finisher {
+  static constexpr bool kProjects = Kind::kAdd == Add::projected;
+  static constexpr bool kResidual = Kind::kAdd == Add::residual;
 
-  inline void finish(const TileConvParams& p, int64_t rows) {
-    if (next >= end) return;
-    const int64_t columns = p.K - k < kTileN ? p.K - k : kTileN;
-    const uint32_t mask = columns == 32 ? 0xffffffffu : (1u << columns) - 1u;
-    const Epilogue epilogue{p.scale + k, p.shift + k, mask, p.relu, p.stream};
-    const int64_t stop = end - next < rows ? end : next + rows;
-    while (next < stop) {
-      // The rest of this output row, then what lies between it and the next.
-      const int64_t run = p.Q - q < stop - next ? p.Q - q : stop - next;
-      int64_t at = (line * p.Q + q) * p.K + k;
-      const float* from = c + next * kTileN;
-      if (p.residual != nullptr) {
-        for (int64_t i = 0; i < run; ++i, from += kTileN, at += p.K)
-          epilogue(from, p.residual + at, p.out + at);
-      } else {
-        for (int64_t i = 0; i < run; ++i, from += kTileN, at += p.K)
-          epilogue(from, nullptr, p.out + at);
-      }
-      if (run > 0) {
-        next += run;
-        q += run;
-      }
-      const int64_t gap = q >= p.Q ? p.pitch - q : 0;
-      const int64_t skip = gap < stop - next ? gap : stop - next;
-      next += skip;
-      q += skip;
-      if (q == p.pitch) {
-        q = 0;
-        ++line;
-      }
+  const typename Kind::Finish finish;
+  const float *c, *projected;
+  const int32_t *place, *end;
+  const uint16_t* residual;
+  uint16_t* out;
+  const int64_t K, pitch;
+
+  RESNET_FUSED_ALWAYS Finisher(const TileConvParams& p, const Unfinished& block)
+      : finish{Normed(p.scale + block.k, p.shift + block.k),
+               kProjects ? Normed(p.project->scale + block.k, p.project->shift + block.k)
+                         : Normed(p.scale + block.k, p.shift + block.k),
+               mask(p.K - block.k)},
+        c(block.c),
+        projected(block.projected),
+        place(block.places),
+        end(block.places + (block.places == nullptr ? 0 : kTileM)),
+        residual(kResidual ? p.residual + block.k : nullptr),
+        out(p.out + block.k),
+        K(p.K),
+        pitch(p.pitch) {}
+  RESNET_FUSED_ALWAYS void rows(int64_t count) {
+    const int32_t* stop = end - place < count ? end : place + count;
+    for (; place < stop; ++place, c += kTileN, projected += kProjects ? kTileN : 0) {
+      const int64_t pixel = *place;
+      if (pixel < 0) continue;
+      finish(c, projected, kResidual ? residual + pixel * K : nullptr, out + pixel * pitch);
     }
+  }
+  static RESNET_FUSED_ALWAYS uint32_t mask(int64_t columns) {
+    return columns >= kTileN ? 0xffffffffu : (1u << columns) - 1u;
   }
 };
 
-// Compute the block at GEMM row m and packed panel b while finishing the one before it.
-// With `fresh` weights, which no block of this call has read, those kAhead bytes on are fetched
-// meanwhile.
-static inline void block(const TileConvParams& p, Tiles& tiles, Unfinished& before, int64_t m,
-                         const unsigned char* b, int64_t rows_per_step, bool fresh) {
-  for (int64_t t = 0; t < p.taps; ++t) {
-    const unsigned char* a = p.a + m * p.row_bytes + p.tap_bytes[t];
-    for (int64_t s = 0; s < p.c_steps; ++s, a += 2 * kTileK, b += 2 * kTileBytes) {
+// What is fetched for later, divided evenly over the k-steps of a call.
+struct Ahead {
+  const unsigned char *next, *end;
+  int64_t each;  // bytes per k-step
+
+  RESNET_FUSED_ALWAYS Ahead(const TileConvParams& p, int64_t steps)
+      : next(p.ahead),
+        end(p.ahead == nullptr ? nullptr : p.ahead + p.ahead_bytes),
+        each(steps > 0 ? (p.ahead_bytes / steps / 64 + 1) * 64 : 0) {}
+  RESNET_FUSED_ALWAYS void step() {
+    if (next >= end) return;
+    for (int64_t i = 0; i < each; i += 64) prefetch(next + i);
+    next += each;
+  }
+};
+
+// The sums of block `m` of rows for packed panel `b`, while those of the block before it are stored
+// in `before` and an older block is finished. With `fresh` weights, which no block of this call has
+// read, those kAhead bytes on are fetched meanwhile.
+template <typename Kind>
+static RESNET_FUSED_ALWAYS void multiply(const TileConvParams& p, Tiles& tiles, float* before,
+                                         Finisher<Kind>& finisher, int64_t rows_at_once, int64_t m,
+                                         const unsigned char* b, bool fresh, Ahead& ahead) {
+  const int64_t row_bytes = p.row_bytes, c_steps = p.c_steps, taps = p.taps;
+  const unsigned char* rows0 = p.a + p.tiles[2 * m] * row_bytes;
+  const unsigned char* rows1 = p.a + p.tiles[2 * m + 1] * row_bytes;
+  for (int64_t t = 0; t < taps; ++t) {
+    const unsigned char *a0 = rows0 + p.tap_bytes[t], *a1 = rows1 + p.tap_bytes[t];
+    for (int64_t s = 0; s < c_steps; ++s) {
       if (t + s == 0) {
-        tiles.first(a, p.row_bytes, b, before.c);
+        tiles.first(a0, a1, row_bytes, b, before);
       } else {
-        tiles.step(a, p.row_bytes, b);
+        tiles.step(a0, a1, row_bytes, b);
       }
+      finisher.rows(rows_at_once);
+      a0 += 2 * kTileK;
+      a1 += 2 * kTileK;
+      b += 2 * kTileBytes;
       if (fresh) {
-        for (int64_t i = 0; i < 2 * kTileBytes; i += 64) prefetch(b + kAhead + i);
+        for (int64_t i = 0; i < 2 * kTileBytes; i += 64) prefetch(b - 2 * kTileBytes + kAhead + i);
       }
-      before.finish(p, rows_per_step);
+      ahead.step();
     }
   }
-  before.finish(p, kTileM);
 }
 
-static void tile_conv(const TileConvParams& p, int64_t row_begin, int64_t row_end, int64_t n_begin,
-                      int64_t n_end) {
+static RESNET_FUSED_ALWAYS int64_t steps_of(const TileConvParams& p) { return p.taps * p.c_steps; }
+
+static RESNET_FUSED_ALWAYS const unsigned char* panel(const TileConvParams& p, int64_t n) {
+  return reinterpret_cast<const unsigned char*>(p.weight) + n * steps_of(p) * 2 * kTileBytes;
+}
+
+template <typename Kind>
+static void loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                 int64_t n_end) {
+  constexpr bool kProjects = Kind::kAdd == Add::projected;
   Tiles tiles;
-  Unfinished before;
-  before.begin(p, 0, 0, 0, n_begin * kTileN);
-  const int64_t steps = p.taps * p.c_steps, panel = steps * 2 * kTileBytes;
-  const int64_t rows_per_step = (kTileM + steps - 1) / steps;
-  const auto* weight = reinterpret_cast<const unsigned char*>(p.weight);
-  const auto run = [&](int64_t row, int64_t n) __attribute__((always_inline)) {
-    // The last block moves back to end with the rows, and finishes only what is new.
-    const int64_t m = row + kTileM > p.rows && p.rows >= kTileM ? p.rows - kTileM : row;
-    block(p, tiles, before, m, weight + n * panel, rows_per_step, row == row_begin);
-    before.begin(p, m, row - m, (row + kTileM < row_end ? row + kTileM : row_end) - m, n * kTileN);
+  Unfinished blocks[2];
+  int at = 0;  // where the block now computed will be stored; the one before it is in the other
+  // Sums of the second convolution: of the block now computed, the one before it, and the one that
+  // is being finished.
+  alignas(64) float projected[kProjects ? 3 : 1][kProjects ? kTileM * kTileN : 1];
+  int place = 0;
+  const int64_t steps = steps_of(p) + (kProjects ? steps_of(*p.project) : 0);
+  const int64_t rows_at_once = (kTileM + steps - 1) / steps;
+  Ahead ahead(p, (end - begin) * (n_end - n_begin) * steps);
+  const auto run = [&](int64_t m, int64_t n) __attribute__((always_inline)) {
+    Unfinished& now = blocks[at];
+    float* before = blocks[1 - at].c;
+    Finisher<Kind> finisher(p, now);
+    const bool fresh = m == begin;
+    if (kProjects) {
+      multiply(*p.project, tiles, before, finisher, rows_at_once, m, panel(*p.project, n), fresh,
+               ahead);
+      before = projected[place];
+    }
+    multiply(p, tiles, before, finisher, rows_at_once, m, panel(p, n), fresh, ahead);
+    finisher.rows(kTileM);
+    now.projected = projected[place];
+    now.places = p.places + m * kTileM;
+    now.k = n * kTileN;
+    at = 1 - at;
+    place = kProjects ? (place + 1) % 3 : 0;
   };
   if (p.filters_inside) {
-    for (int64_t row = row_begin; row < row_end; row += kTileM) {
-      for (int64_t n = n_begin; n < n_end; ++n) run(row, n);
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t n = n_begin; n < n_end; ++n) run(m, n);
     }
   } else {
     for (int64_t n = n_begin; n < n_end; ++n) {
-      for (int64_t row = row_begin; row < row_end; row += kTileM) run(row, n);
+      for (int64_t m = begin; m < end; ++m) run(m, n);
     }
   }
-  tiles.store(before.c);
-  before.finish(p, kTileM);
+  tiles.store(blocks[1 - at].c);
+  Finisher<Kind>(p, blocks[at]).rows(kTileM);
+  Finisher<Kind>(p, blocks[1 - at]).rows(kTileM);
+}
+
+template <Add kAdd>
+static void choose(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                   int64_t n_end) {
+  if (p.relu) {
+    p.whole ? loop<Kind<kAdd, true, true>>(p, begin, end, n_begin, n_end)
+            : loop<Kind<kAdd, true, false>>(p, begin, end, n_begin, n_end);
+  } else {
+    p.whole ? loop<Kind<kAdd, false, true>>(p, begin, end, n_begin, n_end)
+            : loop<Kind<kAdd, false, false>>(p, begin, end, n_begin, n_end);
+  }
+}
+
+static void tile_conv(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                      int64_t n_end) {
+  if (p.project != nullptr) {
+    choose<Add::projected>(p, begin, end, n_begin, n_end);
+  } else if (p.residual != nullptr) {
+    choose<Add::residual>(p, begin, end, n_begin, n_end);
+  } else {
+    choose<Add::nothing>(p, begin, end, n_begin, n_end);
+  }
 }
 
 }  // namespace RESNET_FUSED_TILES

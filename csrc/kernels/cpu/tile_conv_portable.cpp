@@ -5,8 +5,8 @@
 #include "tile_conv_body.h"
 
 namespace resnet_fused {
-void tile_conv_portable(const TileConvParams& p, int64_t row_begin, int64_t row_end,
-                        int64_t n_begin, int64_t n_end) {
-  portable::tile_conv(p, row_begin, row_end, n_begin, n_end);
+void tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                        int64_t n_end) {
+  portable::tile_conv(p, begin, end, n_begin, n_end);
 }
 }  // namespace resnet_fused

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What surrounds the tile convolution: packing of weights and copying of an image into planes.
+// What surrounds the tile convolution: packing of weights and copying of images into planes.
 #include <cstring>
 
 #include "../tile_conv.h"
+#include "simd.h"
 
 namespace resnet_fused {
 
@@ -25,48 +26,61 @@ void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end) {
   }
 }
 
+void copy_pixels_cpu(const CopyPixelsParams& p) {
+  const auto bytes = static_cast<size_t>(p.C) * 2;
+  if (p.C == p.channels && p.from_step == 1 && p.to_step == 1) {
+    std::memcpy(p.to, p.from, static_cast<size_t>(p.count) * bytes);
+    return;
+  }
+  const uint16_t* from = p.from;
+  uint16_t* to = p.to;
+  for (int64_t i = 0; i < p.count; ++i) {
+    std::memcpy(to, from, bytes);
+    if (p.C < p.channels) std::memset(to + p.C, 0, static_cast<size_t>(p.channels - p.C) * 2);
+    from += p.from_step * p.C;
+    to += p.to_step * p.channels;
+  }
+}
+
 namespace {
 
-void zero_pixels(uint16_t* to, int64_t pixels, int64_t channels) {
-  std::memset(to, 0, static_cast<size_t>(pixels * channels) * 2);
+// Four bf16 at once: an exponent of all ones carries into the sign's place.
+constexpr uint64_t kExponents = 0x7f807f807f807f80u, kOnes = 0x0080008000800080u,
+                   kSigns = 0x8000800080008000u;
+
+template <int C>
+RESNET_FUSED_INLINE uint64_t pack_line(const PackPixelsParams& p, int64_t w_stride) {
+  const uint16_t* x = p.x;
+  uint64_t found = 0;
+  for (int64_t w = 0; w < p.W; ++w) {
+    uint64_t pixel = x[w * w_stride];
+    if (C > 1) pixel |= static_cast<uint64_t>(x[p.c_stride + w * w_stride]) << 16;
+    if (C > 2) pixel |= static_cast<uint64_t>(x[2 * p.c_stride + w * w_stride]) << 32;
+    if (C > 3) pixel |= static_cast<uint64_t>(x[3 * p.c_stride + w * w_stride]) << 48;
+    p.to[w] = pixel;
+    found |= (pixel & kExponents) + kOnes;
+  }
+  return found & kSigns;
+}
+
+// With the usual stride known, compilers vectorise.
+template <int C>
+RESNET_FUSED_INLINE bool pack_any(const PackPixelsParams& p) {
+  return (p.w_stride == 1 ? pack_line<C>(p, 1) : pack_line<C>(p, p.w_stride)) == 0;
 }
 
 }  // namespace
 
-void fill_planes_cpu(const PlaneParams& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t plane = i / p.lines, y = i % p.lines;
-    const int64_t fy = plane / p.phases[1], fx = plane % p.phases[1];
-    uint16_t* line = p.planes + (plane * p.plane_pixels + y * p.pitch) * p.channels;
-    // Only the last line may write past its pitch: the next line's first pixels are zeros of its
-    // own.
-    const bool last = y + 1 == p.lines;
-    const int64_t width = last ? p.plane_pixels - y * p.pitch : p.pitch;
-    const int64_t h = y * p.stride[0] + fy - p.padding[0];
-    if (h < 0 || h >= p.H) {
-      zero_pixels(line, width, p.channels);
-      continue;
-    }
-    // Pixel x of the line is column x * stride + fx - padding of the image.
-    const int64_t shift = p.padding[1] - fx;
-    int64_t first = shift > 0 ? (shift + p.stride[1] - 1) / p.stride[1] : 0;
-    int64_t stop = (p.W - 1 + shift) / p.stride[1] + 1;
-    if (p.W - 1 + shift < 0) stop = 0;
-    const int64_t reach = width < p.width ? width : p.width;
-    if (stop > reach) stop = reach;
-    if (first > stop) first = stop;
-    zero_pixels(line, first, p.channels);
-    zero_pixels(line + stop * p.channels, width - stop, p.channels);
-    const uint16_t* from = p.x + (h * p.W + first * p.stride[1] - shift) * p.C;
-    uint16_t* to = line + first * p.channels;
-    if (p.stride[1] == 1 && p.C == p.channels) {
-      std::memcpy(to, from, static_cast<size_t>((stop - first) * p.C) * 2);
-      continue;
-    }
-    for (int64_t x = first; x < stop; ++x, from += p.stride[1] * p.C, to += p.channels) {
-      std::memcpy(to, from, static_cast<size_t>(p.C) * 2);
-      zero_pixels(to + p.C, 1, p.channels - p.C);
-    }
+RESNET_FUSED_CLONES bool pack_pixels_cpu(const PackPixelsParams& p) {
+  switch (p.C) {
+    case 1:
+      return pack_any<1>(p);
+    case 2:
+      return pack_any<2>(p);
+    case 3:
+      return pack_any<3>(p);
+    default:
+      return pack_any<4>(p);
   }
 }
 
