@@ -69,9 +69,7 @@ RESNET_FUSED_INLINE bool pack_any(const PackPixelsParams& p) {
   return (p.w_stride == 1 ? pack_line<C>(p, 1) : pack_line<C>(p, p.w_stride)) == 0;
 }
 
-}  // namespace
-
-RESNET_FUSED_CLONES bool pack_pixels_cpu(const PackPixelsParams& p) {
+RESNET_FUSED_CLONES bool pack_pixels(const PackPixelsParams& p) {
   switch (p.C) {
     case 1:
       return pack_any<1>(p);
@@ -83,5 +81,9 @@ RESNET_FUSED_CLONES bool pack_pixels_cpu(const PackPixelsParams& p) {
       return pack_any<4>(p);
   }
 }
+
+}  // namespace
+
+bool pack_pixels_cpu(const PackPixelsParams& p) { return pack_pixels(p); }
 
 }  // namespace resnet_fused
