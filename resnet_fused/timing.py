@@ -198,9 +198,11 @@ def _warm_up(
     total, settled = 0.0, False
     while not windows or (not settled and total < limit_s * 1e3):
         windows.append([timed()])
-        while sum(windows[-1]) < window_s * 1e3:
+        spent = windows[-1][0]
+        while spent < window_s * 1e3:
             windows[-1].append(timed())
-        total += sum(windows[-1])
+            spent += windows[-1][-1]
+        total += spent
         middles = [statistics.median(window) for window in windows[-2:]]
         settled = len(middles) == 2 and abs(middles[1] - middles[0]) <= agree * middles[1]
     calls = sum(len(window) for window in windows)
