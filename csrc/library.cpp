@@ -28,6 +28,9 @@
   "bn_bias, Tensor? " name "running_mean, Tensor? " name "running_var, float " name        \
   "eps, int[] " name "geometry"
 
+// float32 may be multiplied as three products of bf16 (kernels/tile_conv.h); a CPU's affair.
+#define BF16X3 "bool bf16x3=False"
+
 namespace resnet_fused {
 namespace {
 
@@ -45,15 +48,15 @@ struct Registration {
 #endif
 
 constexpr Registration kOps[] = {
-    {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu) -> Tensor",
+    {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu, " BF16X3 ") -> Tensor",
      OP(conv_bn_act)},
     {"add_relu(Tensor x, Tensor y) -> Tensor", OP(add_relu)},
-    {"stem(Tensor x, " CONV_BN("") ") -> Tensor", OP(stem)},
+    {"stem(Tensor x, " CONV_BN("") ", " BF16X3 ") -> Tensor", OP(stem)},
     {"basic_block(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " OPTIONAL_CONV_BN(
-         "downsample_") ") -> Tensor",
+         "downsample_") ", " BF16X3 ") -> Tensor",
      OP(basic_block)},
     {"bottleneck(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " CONV_BN(
-         "conv3_") ", " OPTIONAL_CONV_BN("downsample_") ") -> Tensor",
+         "conv3_") ", " OPTIONAL_CONV_BN("downsample_") ", " BF16X3 ") -> Tensor",
      OP(bottleneck)},
     {"pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", OP(pool_linear)},
 };

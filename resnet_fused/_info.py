@@ -48,6 +48,7 @@ def info() -> dict[str, Any]:
         "amx": _extension.amx(),
         "onednn": _extension.onednn(),
         "cuda_tf32": dispatch.tf32(),
+        "cpu_bf16x3": dispatch.bf16x3(),
         "batch_invariant": dispatch.batch_invariant(),
         "threads": torch.get_num_threads(),
         "backend": os.environ.get("RESNET_FUSED_BACKEND", "auto"),

@@ -110,6 +110,26 @@ def tf32() -> bool:
     return bool(cudnn.conv.fp32_precision == "tf32")
 
 
+@_extension.compiled_as_constant
+def bf16x3() -> bool:
+    """True if float32 convolutions on this CPU are multiplied as bf16x3.
+
+    It takes AMX, and torch's settings must allow less than float32:
+    ``torch.backends.mkldnn.conv.fp32_precision``, or what it inherits from, is ``"tf32"`` or
+    ``"bf16"``; or it says nothing, and ``torch.set_float32_matmul_precision`` is ``"high"`` or
+    ``"medium"``. Each value is split in two bfloat16, which keeps 16 of its 24 bits, and three of
+    their four products are summed in float32. Compiled code keeps the answer of when it was
+    compiled.
+    """
+    if not _extension.amx():
+        return False
+    mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack what it has
+    precision = mkldnn.conv.fp32_precision
+    if precision == "none":
+        precision = mkldnn.matmul.fp32_precision
+    return precision in ("tf32", "bf16")
+
+
 def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups: int = 1) -> Path:
     """The path of ``op`` for tensors of this device type and dtype.
 
@@ -120,9 +140,10 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups
         groups: the most groups of any of its convolutions.
 
     Returns:
-        ``amx`` (CPU, own kernels on matrix tiles; grouped and few-channel convolutions still go to
-        oneDNN), ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu`` (own C++), ``cuda`` (own
-        CUDA) or ``reference`` (plain PyTorch), with the reason where there is one to give.
+        ``amx`` (CPU, own kernels on matrix tiles, for float32 as bf16x3; grouped and few-channel
+        convolutions still go to oneDNN), ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu``
+        (own C++), ``cuda`` (own CUDA) or ``reference`` (plain PyTorch), with the reason where there
+        is one to give.
     """
     if _forced == "reference":
         return Path("reference", "forced by backend('reference') or RESNET_FUSED_BACKEND")
@@ -137,6 +158,8 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups
             return Path("reference", "this torch build has no oneDNN convolution")
         if dtype == torch.float16:
             return Path("onednn", "float16 is computed in float32")
+        if dtype == torch.float32 and bf16x3():
+            return Path("amx", "float32 is multiplied as bf16x3")
         return Path("amx" if dtype == torch.bfloat16 and _extension.amx() else "onednn", "")
     if device_type == "cuda":
         return _choose_cuda(dtype, op, groups)

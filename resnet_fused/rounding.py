@@ -34,6 +34,9 @@ _TINY = {
     torch.float16: 2.0**-24,
 }
 _TF32 = 2 * 2.0**-11 + 2.0**-22  # relative error of a product of two rounded factors
+# The same of bf16x3: a factor is split to 2**-16, of a product the part low * low is left out, and
+# each of these is larger by less than 2**-6.
+_BF16X3 = 3 * 2.0**-16 * (1 + 2.0**-6)
 _INF = float("inf")
 
 
@@ -67,6 +70,11 @@ class Kind(NamedTuple):
         """Unit roundoff of the accumulation, doubled where the judge has no more bits itself."""
         unit = UNIT[compute_dtype(self.dtype)]
         return 2 * unit if self.dtype == torch.float64 else unit
+
+
+def unit_of_results(dtype: torch.dtype) -> float:
+    """How far, relative to it, an element of a layer's result may be off by being kept and used."""
+    return 2.0**-16 if dtype == torch.float32 and dispatch.bf16x3() else UNIT.get(dtype, 0.0)
 
 
 def stored(x: Tensor) -> Exact:
@@ -110,7 +118,8 @@ def conv_bn(x: Exact, conv: ConvBN, kind: Kind) -> Exact:
     """``bn(conv(x))`` before it is rounded.
 
     Where BatchNorm is folded, ``weight * scale`` and ``shift`` are rounded to the dtype of the
-    convolution. Tensor cores may cut sums off where others round them, and round float32 to TF32.
+    convolution. Tensor cores may cut sums off where others round them, and round float32 to TF32;
+    a CPU's tiles multiply float32 as bf16x3 (``dispatch.bf16x3``).
     """
     u, w = kind.unit, conv.weight.double()
     k = w[0].numel()
@@ -161,6 +170,8 @@ def _of_products(conv: ConvBN, kind: Kind, k: int) -> float:
         tiles = kind.path == "amx" and conv.groups == 1 and conv.weight.shape[1] >= 16
         folded = kind.dtype == torch.bfloat16 and not tiles
         lost += UNIT[torch.bfloat16] if folded else kind.unit
+        if kind.path == "amx" and kind.dtype == torch.float32:
+            lost += _BF16X3 + 2 * k * kind.unit  # three products for one
     if conv.weight.dtype.itemsize > kind.dtype.itemsize and kind.path != "reference":
         lost += UNIT[kind.dtype]  # rounded when it is packed
     return lost

@@ -298,7 +298,7 @@ class _Trial:
                 max(_largest((v.double() - e).where(finite & v.isfinite(), 0)) for v in some)
                 for some in ((a,), (b,), noisy)
             )
-            floor = 2 * (floor + rounding.UNIT[b.dtype] * _largest(e.where(finite, 0)))
+            floor = 2 * (floor + rounding.unit_of_results(b.dtype) * _largest(e.where(finite, 0)))
             if error > _TIMES_EAGER * theirs + floor:
                 self.fail(
                     f"output {i} is {error:.3g} from float64; the original is {theirs:.3g} from "
@@ -316,7 +316,7 @@ class _Trial:
 def _unit(outputs: Any) -> float:
     """The largest unit roundoff of any output."""
     dtypes = (t.dtype for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))
-    return max((rounding.UNIT[d] for d in dtypes if d in rounding.UNIT), default=0.0)
+    return max((rounding.unit_of_results(d) for d in dtypes), default=0.0)
 
 
 def _differ(a: Tensor, b: Tensor, least: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
+import torch
 
 import resnet_fused
 from resnet_fused import _extension
@@ -32,16 +33,36 @@ def _force_path(name: str) -> Iterator[None]:
         return
     library = _extension._library
     assert library is not None, f"the kernels must be built to be tested: {_extension.why_not()}"
-    library.resnet_fused_cpu_path({"auto": 0, "onednn": 1, "portable": 2}[name])
+    matmul, amx = torch.backends.mkldnn.matmul, _extension._amx
+    precision = matmul.fp32_precision
+    kernels, _, fp32 = name.partition(" ")
+    library.resnet_fused_cpu_path({"auto": 0, "onednn": 1, "portable": 2}[kernels])
+    if fp32 == "bf16x3":
+        matmul.fp32_precision = "tf32"  # what set_float32_matmul_precision("high") sets
+        _extension._amx = True  # portable tiles stand in where there are none
     try:
         yield
     finally:
         library.resnet_fused_cpu_path(0)
+        matmul.fp32_precision, _extension._amx = precision, amx
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """bf16x3 is about float32: no other dtype is tested on its paths."""
+
+    def pointless(item: pytest.Item) -> bool:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        on_bf16x3 = "bf16x3" in str(params.get("path"))
+        return on_bf16x3 and params.get("dtype", torch.float32) is not torch.float32
+
+    config.hook.pytest_deselected(items=[i for i in items if pointless(i)])
+    items[:] = [i for i in items if not pointless(i)]
 
 
 @pytest.fixture
 def force_path() -> Callable[[str], AbstractContextManager[None]]:
     """Context manager that sends ops on CPU tensors one way: auto, onednn, portable, reference;
+    "auto bf16x3" and "portable bf16x3" let these multiply float32 so;
     cuda, which computes them on copies on a GPU; or emulated, which runs the CUDA ops on the CPU.
     """
     return _force_path
@@ -49,6 +70,4 @@ def force_path() -> Callable[[str], AbstractContextManager[None]]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import torch
-
     torch.manual_seed(0)

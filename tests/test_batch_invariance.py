@@ -16,12 +16,12 @@ from torch import Tensor
 
 import resnet_fused
 from harness.case import DTYPES, Source
+from harness.suite import TILES, tile_dtype
 from resnet_cases import images, small
-from resnet_fused import _extension, ops
+from resnet_fused import ops
 
 # Around what a tile, a group of tiles and a share of two or three threads hold.
 BATCHES = (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
-TILES = ("portable",) + ("auto",) * _extension.amx()
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -56,7 +56,7 @@ CONVS: tuple[tuple[int, int, int, dict[str, Any], tuple[int, int]], ...] = (
 def test_tile_convolutions(case: Any, path: str, threads: int, force_path: Any) -> None:
     """Breaks if how rows are shared out changes the order of a sum."""
     c, k, window, options, hw = case
-    s = Source(torch.bfloat16)
+    s = Source(tile_dtype(path))
     x, conv = s.image(33, c, *hw), s.conv(c, k, window, **options)
     with force_path(path):
         assert_invariant(lambda x: ops.conv_bn_act(x, conv), x, str(case))
@@ -65,7 +65,7 @@ def test_tile_convolutions(case: Any, path: str, threads: int, force_path: Any) 
 @pytest.mark.parametrize("path", TILES)
 def test_tile_blocks(path: str, threads: int, force_path: Any) -> None:
     """Breaks if a block that works piece by piece treats the pieces' borders differently."""
-    s = Source(torch.bfloat16)
+    s = Source(tile_dtype(path))
     x = s.image(33, 64, 7, 6)
     basic = s.conv(64, 32, 3, stride=(2, 2)), s.conv(32, 32, 3), s.conv(64, 32, stride=(2, 2))
     bottleneck = s.conv(64, 32), s.conv(32, 32, 3), s.conv(32, 64)
@@ -87,7 +87,8 @@ def test_own_kernels_of_every_dtype(dtype: torch.dtype, threads: int) -> None:
 def test_network(path: str, threads: int, force_path: Any) -> None:
     """Breaks if anything between the ops looks at the batch."""
     for block in (resnet_fused.BasicBlock, resnet_fused.Bottleneck):
-        model, x = small(block).bfloat16(), images(5, 3, 33, 20, dtype=torch.bfloat16)
+        dtype = tile_dtype(path)
+        model, x = small(block).to(dtype), images(5, 3, 33, 20, dtype=dtype)
         with torch.inference_mode(), force_path(path):
             alone = torch.cat([model(image) for image in x.split(1)])
             for n in (2, 5):

@@ -19,13 +19,13 @@ from torch import Tensor
 from conftest import _force_path
 from harness.case import DTYPES
 from harness.guard import guarded
-from harness.suite import make, map_tensors
+from harness.suite import BF16X3, make, map_tensors
 from harness.table import TABLE
 
 count = 0
-for path in ("auto", "onednn", "portable"):
+for path in ("auto", "onednn", "portable", *BF16X3):
     for op in TABLE.values():
-        for dtype in DTYPES:
+        for dtype in DTYPES[:1] if path in BF16X3 else DTYPES:
             for case in op.cases:
                 if case.slow:
                     continue

@@ -32,7 +32,7 @@ def _expect(x: Tensor, conv: ConvBN) -> Tensor:
         return resnet_fused.conv_bn_act(x, conv, relu=False).float()
 
 
-@pytest.mark.parametrize("path", ["auto", "onednn", "portable"])
+@pytest.mark.parametrize("path", ["auto", "onednn", "portable", "portable bf16x3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// bf16 convolution on matrix tiles (Intel AMX, or portable C++ that computes the same): an implicit
-// GEMM
+// Convolution on matrix tiles (Intel AMX, or portable C++ that computes the same): an implicit GEMM
 //
 //   out[p, q, k] = act(scale[k] * sum_{r, s, c} x[p * stride + r, q * stride + s, c] * w[k, c, r,
 //   s] + shift[k]
@@ -13,6 +12,16 @@
 // planes: zero-padded, channels padded to a multiple of 32, and split by the stride's phases, so
 // that within a plane the convolution has stride 1. And the output may be written as the planes
 // that the next convolution wants.
+//
+// Tiles multiply bf16. fp32 is multiplied as bf16x3: a value is split into the bf16 nearest to it,
+// and the bf16 nearest to what that leaves, v = high + low, which keeps 16 of its 24 bits; and
+//
+//   x * w = low(x) * high(w) + high(x) * high(w) + high(x) * low(w),
+//
+// each product exact and summed in fp32. What is missing is below 3 * 2^-16 of |x * w|: 2^-16 for
+// either factor, and low(x) * low(w). Three times the products of bf16, five times fewer cycles
+// than fp32 multiply-adds. Split activations have the upper halves of a pixel's 32 channels, then
+// the lower: 128 bytes, as many as the fp32 values.
 #pragma once
 
 #include "dtype.h"
@@ -30,23 +39,27 @@ constexpr int64_t round_up(int64_t v, int64_t multiple) {
 }
 
 struct TileConvParams {
-  const unsigned char* a;    // readable for every tap of every row of the tiles
-  int64_t row_bytes;         // from a row to the next
-  const int64_t* tap_bytes;  // [taps]
-  int64_t taps;
-  int64_t c_steps;           // channels / 32, rounded up
-  const int32_t* tiles;      // [2 * blocks] first row of each tile of 16 rows
-  const int32_t* places;     // [32 * blocks] output pixel of each row; -1: computed and dropped
-  const uint16_t* weight;    // packed, see pack_tiles_cpu
-  const float* scale;        // [round_up(K, 32)], zeros behind K
-  const float* shift;        // [round_up(K, 32)]
-  const uint16_t* residual;  // [pixels, K], or null; may be out
-  // A second convolution whose result is added, or null: its input, taps, weight, scale and shift.
-  // Its rows are those of this one: the same tiles, the same places. No residual then.
+  bool split;              // bf16x3: fp32 results, split operands
+  const unsigned char* a;  // readable for every tap of every row of the tiles
+  int64_t row_bytes;       // from a row to the next
+  int64_t low_bytes;       // split: from upper halves to lower ones
+  // [steps] from a row's first pixel to the operand of each k-step. All taps of 32 channels come
+  // before the next 32: neighbouring taps read the same pixels, while these are in L1.
+  const int64_t* step_bytes;
+  int64_t steps;
+  const int32_t* tiles;    // [2 * blocks] first row of each tile of 16 rows
+  const int32_t* places;   // [32 * blocks] output pixel of each row; -1: computed and dropped
+  const uint16_t* weight;  // packed, see pack_tiles_cpu; split if the operands are
+  const float* scale;      // [round_up(K, 32)], zeros behind K
+  const float* shift;      // [round_up(K, 32)]
+  const void* residual;    // [pixels, K], or null; may be out
+  // A second convolution whose result is added, or null: its input, k-steps, weight, scale and
+  // shift. Its rows are those of this one: the same tiles, the same places. No residual then.
   const TileConvParams* project;
-  uint16_t* out;  // [pixels, pitch]
+  void* out;  // [pixels, pitch]
   int64_t K, pitch;
-  bool whole;  // pitch is a multiple of 32: zeros are written behind K
+  bool whole;  // an operand of the next convolution: pitch is a multiple of 32, zeros are written
+               // behind K, and fp32 is split
   bool relu;
   const unsigned char* ahead;  // memory that is needed later, to be fetched into L2 meanwhile
   int64_t ahead_bytes;
@@ -55,41 +68,50 @@ struct TileConvParams {
 };
 
 // Blocks [begin, end) of rows and filter blocks [n_begin, n_end), on the calling thread. Each
-// output element is a sum in the order of taps and channels whatever the range, so results do not
-// depend on how work is divided.
-void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+// output element is a sum in the order of the k-steps whatever the range, so results do not
+// depend on how work is divided. Returns false if an fp32 result is NaN or infinite. It may be so
+// because a factor does not split, infinity or a finite one that bf16 rounds to infinity: then high
+// is infinite, low is -high or NaN, and so all sums it goes into are NaN.
+bool tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end);
-void tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+bool tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                         int64_t n_end);
+
+// `count` pixels of C channels, `from_step` pixels apart, to pixels of `channels` channels (a
+// multiple of 32), `to_step` apart; zeros behind C. bf16, or fp32 that is split on the way.
+struct CopyPixelsParams {
+  const void* from;
+  void* to;
+  int64_t count, C, channels;
+  int64_t from_step, to_step;
+  bool split;
+};
+void copy_pixels_amx(const CopyPixelsParams& p);
+void copy_pixels_portable(const CopyPixelsParams& p);
 
 // True if this CPU and kernel let the process use AMX; asks the kernel's permission on the first
 // call.
 bool amx_available();
 
-// Weights [K, C, R, S] (dense bf16) as blocks [K / 32][R * S][C / 32][2 tiles][16 channel pairs][16
-// filters][2], padded with zeros. Fills filter blocks [n_begin, n_end).
+// Weights [K, C, R, S] (dense bf16) as blocks [K / 32][C / 32][R * S][2 tiles][16 channel pairs][16
+// filters][2], padded with zeros. Fills filter blocks [n_begin, n_end). With `low`, the lower
+// halves of split weights, each step's two tiles of them follow those of the upper halves.
 struct TilePackParams {
-  const uint16_t* weight;
+  const uint16_t *weight, *low;
   uint16_t* packed;
   int64_t K, C, taps;
 };
 void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end);
 
-// `count` pixels of C channels, `from_step` pixels apart, to pixels of `channels` channels,
-// `to_step` apart; zeros behind C.
-struct CopyPixelsParams {
-  const uint16_t* from;
-  uint16_t* to;
-  int64_t count, C, channels;
-  int64_t from_step, to_step;
-};
-void copy_pixels_cpu(const CopyPixelsParams& p);
+// Both halves of `count` fp32 values.
+void split_cpu(const float* x, uint16_t* high, uint16_t* low, int64_t count);
 
 // W pixels of C <= 4 channels as 4 channels each, zeros behind C. Returns false if one is NaN or
-// infinite.
+// infinite. fp32 is split: the lower halves go to `low`.
 struct PackPixelsParams {
-  const uint16_t* x;
-  uint64_t* to;
+  const void* x;
+  bool split;
+  uint64_t *to, *low;
   int64_t C, W;
   int64_t c_stride, w_stride;  // in elements
 };

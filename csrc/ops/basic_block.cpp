@@ -14,6 +14,7 @@ Chain read(StableIValue* stack) {
   for (const char* name : {"conv1.", "conv2."}) chain.convs.push_back(read_conv(args, name));
   chain.downsample = read_optional_conv(args, "downsample.");
   chain.add_x = !chain.downsample.present();
+  chain.bf16x3 = args.boolean();
   return chain;
 }
 

@@ -87,25 +87,24 @@ Conv read_optional_conv(Args& args, const char* name) {
   return read_rest(args, name, args.optional_tensor());
 }
 
-Tensor run_chain(const Chain& chain) {
-  const Sizes out_sizes = check_chain(chain);
-  const DType dtype = dtype_of(chain.x);
-  const int64_t N = out_sizes[0];
-  if (N == 0) return empty_channels_last(out_sizes, dtype, chain.x);
-  const Tensor x = to_channels_last(chain.x);
-  const Tensor residual = chain.residual.defined() ? to_channels_last(chain.residual) : Tensor();
+namespace {
 
+// The chain on dense NHWC tensors.
+Tensor run_dense(const Chain& chain, const Tensor& x, const Tensor& residual, bool bf16x3) {
+  const DType dtype = dtype_of(x);
+  const int64_t N = x.size(0);
   std::vector<ConvRunner> runners;
   Sizes sizes = x.shape();
   int64_t most = 0;  // elements per image of the largest input and output pair
   for (const Conv& conv : chain.convs) {
-    runners.emplace_back(conv, sizes, dtype);
+    runners.emplace_back(conv, sizes, dtype, bf16x3);
     const Sizes next = conv.out_sizes(sizes);
     most = std::max(most, sizes[1] * sizes[2] * sizes[3] + next[1] * next[2] * next[3]);
     sizes = next;
   }
+  const Sizes out_sizes = sizes;
   std::vector<ConvRunner> project;
-  if (chain.downsample.present()) project.emplace_back(chain.downsample, x.shape(), dtype);
+  if (chain.downsample.present()) project.emplace_back(chain.downsample, x.shape(), dtype, bf16x3);
 
   const auto on_tiles = [](const ConvRunner& r) { return r.on_tiles(); };
   if (std::all_of(runners.begin(), runners.end(), on_tiles) &&
@@ -114,8 +113,12 @@ Tensor run_chain(const Chain& chain) {
     for (const ConvRunner& r : runners) steps.push_back(r.tile_step());
     const TileStep step = project.empty() ? TileStep{} : project[0].tile_step();
     Tensor out = empty_channels_last(out_sizes, dtype, x);
-    run_tile_chain(steps, project.empty() ? nullptr : &step, x, chain.add_x ? x : residual,
-                   chain.relu, out);
+    for (int64_t n : run_tile_chain(steps, project.empty() ? nullptr : &step, x,
+                                    chain.add_x ? x : residual, chain.relu, out)) {
+      const Tensor again = run_dense(chain, images(x, n, 1),
+                                     residual.defined() ? images(residual, n, 1) : Tensor(), false);
+      check_torch(aoti_torch_copy_(images(out, n, 1).handle(), again.handle(), 0), "a result");
+    }
     return out;
   }
 
@@ -155,6 +158,16 @@ Tensor run_chain(const Chain& chain) {
                           bound);
   }
   return y.defined() ? std::move(y) : std::move(last);
+}
+
+}  // namespace
+
+Tensor run_chain(const Chain& chain) {
+  const Sizes out_sizes = check_chain(chain);
+  if (out_sizes[0] == 0) return empty_channels_last(out_sizes, dtype_of(chain.x), chain.x);
+  const Tensor x = to_channels_last(chain.x);
+  return run_dense(chain, x, chain.residual.defined() ? to_channels_last(chain.residual) : Tensor(),
+                   chain.bf16x3);
 }
 
 }  // namespace resnet_fused

@@ -44,10 +44,11 @@ struct Chain {
   const char* op = "";
   Tensor x;
   std::vector<Conv> convs;
-  Conv downsample;     // may be absent
-  Tensor residual;     // may be absent
-  bool add_x = false;  // x itself is the shortcut
-  bool relu = true;    // after the last convolution
+  Conv downsample;      // may be absent
+  Tensor residual;      // may be absent
+  bool add_x = false;   // x itself is the shortcut
+  bool relu = true;     // after the last convolution
+  bool bf16x3 = false;  // fp32 may be multiplied as three products of bf16
 };
 
 // Throw unless all arguments fit; returns the output's sizes.

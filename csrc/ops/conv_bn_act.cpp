@@ -14,6 +14,7 @@ Chain read(StableIValue* stack) {
   chain.convs.push_back(read_conv(args, "conv."));
   chain.residual = args.optional_tensor();
   chain.relu = args.boolean();
+  chain.bf16x3 = args.boolean();
   return chain;
 }
 

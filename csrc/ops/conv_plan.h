@@ -28,10 +28,11 @@ constexpr bool map_fits(int64_t H, int64_t W) {
   return H <= kMost && W <= kMost && (H + 128) * (W + 128) <= kMost;
 }
 
-// The way of one convolution; `tiles` says whether the tile kernels can take it at all.
+// The way of one convolution; `tiles` says whether the tile kernels can take it at all, `bf16x3`
+// whether fp32 may be multiplied so.
 //
-// bf16 goes to the tile kernels, except grouped convolutions and those with fewer channels than
-// half a k-step, whose padding would cost more than the kernel gains.
+// bf16, and fp32 as bf16x3, go to the tile kernels, except grouped convolutions and those with
+// fewer channels than half a k-step, whose padding would cost more than the kernel gains.
 //
 // fp16 goes through fp32: BatchNorm folded into weights leaves fp16's range or precision for
 // ordinary statistics.
@@ -39,11 +40,14 @@ constexpr bool map_fits(int64_t H, int64_t W) {
 // So does oneDNN in bf16 with kernel > 1, stride > 1 and an output one pixel wide: its AMX kernel
 // (3.12) reads uninitialised memory. 1,002 of 1,818 such shapes are wrong, none of 6,012 others;
 // pytorch/pytorch#169688 is the 3-d case.
-constexpr ConvPath conv_path(DType dtype, int64_t channels_per_group, int64_t groups, int64_t R,
-                             int64_t S, const int64_t stride[2], int64_t out_w, bool tiles) {
+constexpr ConvPath conv_path(DType dtype, bool bf16x3, int64_t channels_per_group, int64_t groups,
+                             int64_t R, int64_t S, const int64_t stride[2], int64_t out_w,
+                             bool tiles) {
   if (dtype == DType::f16) return ConvPath::onednn_f32;
+  const bool multiplied_as_bf16 = dtype == DType::bf16 || (dtype == DType::f32 && bf16x3);
+  if (tiles && multiplied_as_bf16 && groups == 1 && channels_per_group >= 16)
+    return ConvPath::tiles;
   if (dtype != DType::bf16) return ConvPath::onednn;
-  if (tiles && groups == 1 && channels_per_group >= 16) return ConvPath::tiles;
   const bool narrow = R * S > 1 && std::max(stride[0], stride[1]) > 1 && out_w == 1;
   return narrow ? ConvPath::onednn_f32 : ConvPath::onednn;
 }
@@ -105,9 +109,10 @@ constexpr bool divide_filters(int64_t blocks, int64_t panels, int64_t threads, i
 // Loop order of the tile convolution: true if the input of 32 pixels stays in L1 (of at least 32
 // KB) while all packed weights, which must fit L2, pass by; false if a panel of 32 filters stays
 // while a chunk of rows passes by.
-constexpr bool filters_inside(int64_t taps, int64_t channels, int64_t K) {
-  return taps * channels * 2 * 32 <= int64_t{32} << 10 && taps * channels * K * 2 <= int64_t{512}
-                                                                                         << 10;
+constexpr bool filters_inside(int64_t steps, bool split, int64_t K) {
+  constexpr int64_t kInput = int64_t{32} << 10, kWeights = int64_t{512} << 10;
+  const int64_t row = steps * (split ? 128 : 64);
+  return row * 32 <= kInput && row * K <= kWeights;
 }
 
 // Planes of one image for the tile convolution (kernels/tile_conv.h).

@@ -44,26 +44,26 @@ Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, cons
   return Tensor(out);
 }
 
-Form form_of(const Conv& conv, const Sizes& in, const Sizes& out, DType dtype) {
+Form form_of(const Conv& conv, const Sizes& in, const Sizes& out, DType dtype, bool bf16x3) {
   const bool tiles = tiles_available() && planes_fit(conv.stride, conv.padding, conv.dilation) &&
                      map_fits(in[2], in[3]);
   const Tensor& w = conv.weight;
-  const ConvPath path =
-      conv_path(dtype, w.size(1), conv.groups, w.size(2), w.size(3), conv.stride, out[3], tiles);
-  if (path == ConvPath::tiles) return Form::tiles;
+  const ConvPath path = conv_path(dtype, bf16x3, w.size(1), conv.groups, w.size(2), w.size(3),
+                                  conv.stride, out[3], tiles);
+  if (path == ConvPath::tiles) return dtype == DType::f32 ? Form::split_tiles : Form::tiles;
   const bool wide = path == ConvPath::onednn_f32 || dtype == DType::f32;
   return wide ? Form::folded_f32 : Form::folded_bf16;
 }
 
 }  // namespace
 
-ConvRunner::ConvRunner(const Conv& conv, const Sizes& in, DType dtype)
+ConvRunner::ConvRunner(const Conv& conv, const Sizes& in, DType dtype, bool bf16x3)
     : conv_(conv),
       in_(in),
       out_(conv.out_sizes(in)),
-      form_(form_of(conv, in, out_, dtype)),
+      form_(form_of(conv, in, out_, dtype, bf16x3)),
       packed_(pack(conv, in, form_)) {
-  if (form_ == Form::tiles) affine_ = read_affine(conv);
+  if (on_tiles()) affine_ = read_affine(conv);
 }
 
 double ConvRunner::out_bound(double bound) const { return packed_->gain * bound + packed_->offset; }
@@ -71,11 +71,15 @@ double ConvRunner::out_bound(double bound) const { return packed_->gain * bound 
 Tensor ConvRunner::operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out,
                               double bound) const {
   const DType dtype = dtype_of(x);
-  if (form_ == Form::tiles) {
+  if (on_tiles()) {
     Sizes sizes = out_;
     sizes[0] = x.size(0);
     if (!out.defined()) out = empty_channels_last(sizes, dtype, x);
-    run_tile_chain({tile_step()}, nullptr, x, residual, relu, out);
+    for (int64_t n : run_tile_chain({tile_step()}, nullptr, x, residual, relu, out)) {
+      ConvRunner(conv_, in_, dtype, false)(images(x, n, 1),
+                                           residual.defined() ? images(residual, n, 1) : Tensor(),
+                                           relu, images(out, n, 1), kUnbounded);
+    }
     return out;
   }
   std::shared_ptr<const Packed> packed = packed_;

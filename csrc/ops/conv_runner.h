@@ -17,7 +17,7 @@ constexpr double kUnbounded = std::numeric_limits<double>::infinity();
 class ConvRunner {
  public:
   // Looks up or makes the packed weights for inputs of sizes `in`.
-  ConvRunner(const Conv& conv, const Sizes& in, DType dtype);
+  ConvRunner(const Conv& conv, const Sizes& in, DType dtype, bool bf16x3);
   // `bound` is one on |x|: with it, and a finite residual, fp32 can take oneDNN's ReLU.
   Tensor operator()(const Tensor& x, const Tensor& residual, bool relu, Tensor out,
                     double bound) const;
@@ -26,7 +26,7 @@ class ConvRunner {
   double out_bound(double bound) const;
 
   // Whether it runs on tiles, and then what a chain of such needs.
-  bool on_tiles() const { return form_ == Form::tiles; }
+  bool on_tiles() const { return form_ == Form::tiles || form_ == Form::split_tiles; }
   TileStep tile_step() const { return {&conv_, packed_, &affine_}; }
 
  private:

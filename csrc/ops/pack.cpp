@@ -7,6 +7,7 @@
 #include <atomic>
 #include <list>
 #include <mutex>
+#include <tuple>
 #include <unordered_map>
 
 #include "../kernels/conv_bn_act.h"
@@ -117,7 +118,9 @@ uint64_t folded_stamp(const Conv& conv, uint64_t hash) {
   return hash;
 }
 
-bool is_tiles(Form form) { return form == Form::tiles || form == Form::tile_windows; }
+bool is_split(Form form) { return form == Form::split_tiles || form == Form::split_windows; }
+bool is_windows(Form form) { return form == Form::tile_windows || form == Form::split_windows; }
+bool is_tiles(Form form) { return form == Form::tiles || is_split(form) || is_windows(form); }
 
 uint64_t stamp_of(const Conv& conv, Form form) {
   const Tensor& w = conv.weight;
@@ -159,16 +162,42 @@ Tensor windows(const Tensor& weight) {
   return wide;
 }
 
-std::shared_ptr<const Packed> make_tiles(const Conv& conv, bool as_windows) {
-  // Rounded to bf16 here if the weight is wider; dense in the order K, C, R, S.
-  Tensor weight = copy_as(conv.weight, aoti_torch_dtype_bfloat16());
-  if (as_windows) weight = windows(weight);
+// Both halves of a weight, dense in the order K, C, R, S.
+std::pair<Tensor, Tensor> split(const Tensor& weight) {
+  const Tensor wide = copy_as(weight, aoti_torch_dtype_float32());
+  Tensor halves[2];
+  for (Tensor& t : halves) {
+    t = empty_strided(weight.shape(), contiguous_strides(weight.shape()),
+                      aoti_torch_dtype_bfloat16(), weight);
+  }
+  split_cpu(static_cast<const float*>(wide.data()),
+            static_cast<uint16_t*>(halves[0].mutable_data()),
+            static_cast<uint16_t*>(halves[1].mutable_data()), wide.numel());
+  return {std::move(halves[0]), std::move(halves[1])};
+}
+
+std::shared_ptr<const Packed> make_tiles(const Conv& conv, Form form) {
+  Tensor weight, low;
+  if (is_split(form)) {
+    std::tie(weight, low) = split(conv.weight);
+  } else {
+    // Rounded to bf16 here if the weight is wider; dense in the order K, C, R, S.
+    weight = copy_as(conv.weight, aoti_torch_dtype_bfloat16());
+  }
+  if (is_windows(form)) {
+    weight = windows(weight);
+    if (low.defined()) low = windows(low);
+  }
   const int64_t K = conv.channels(), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const int64_t size = round_up(K, kTileN) * round_up(C, kTileK) * taps;
+  const int64_t size = round_up(K, kTileN) * round_up(C, kTileK) * taps * (is_split(form) ? 2 : 1);
   auto packed = std::make_shared<Packed>();
   packed->weight = empty_strided({size}, {1}, aoti_torch_dtype_bfloat16(), weight);
   const TilePackParams p{static_cast<const uint16_t*>(weight.data()),
-                         static_cast<uint16_t*>(packed->weight.mutable_data()), K, C, taps};
+                         low.defined() ? static_cast<const uint16_t*>(low.data()) : nullptr,
+                         static_cast<uint16_t*>(packed->weight.mutable_data()),
+                         K,
+                         C,
+                         taps};
   parallel_for(round_up(K, kTileN) / kTileN, 1,
                [&](int64_t b, int64_t e) { pack_tiles_cpu(p, b, e); });
   return packed;
@@ -259,11 +288,11 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
     }
   }
   // Outside the lock: two threads may both pack, and one result is dropped.
-  auto packed = is_tiles(form) ? make_tiles(conv, form == Form::tile_windows)
+  auto packed = is_tiles(form) ? make_tiles(conv, form)
                                : make_folded(conv, in, form == Form::folded_bf16, plain);
   if (plain) height = width = 0;
   packings.fetch_add(1, std::memory_order_relaxed);
-  const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 ? 4 : 2);
+  const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 || is_split(form) ? 4 : 2);
   std::lock_guard<std::mutex> lock(c.mutex);
   Entry& e = c.entries[key];
   if (e.stamp != stamp || e.layouts.size() >= kLayouts) {
@@ -286,7 +315,8 @@ void resnet_fused_pack_drop(const void* weight) {
   using namespace resnet_fused;
   Cache& c = cache();
   std::lock_guard<std::mutex> lock(c.mutex);
-  for (Form form : {Form::folded_f32, Form::folded_bf16, Form::tiles, Form::tile_windows})
+  for (Form form : {Form::folded_f32, Form::folded_bf16, Form::tiles, Form::tile_windows,
+                    Form::split_tiles, Form::split_windows})
     erase(c, {weight, form});
 }
 

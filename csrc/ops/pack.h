@@ -8,6 +8,7 @@
 // have no version counter and are hashed whole.
 #pragma once
 
+#include <limits>
 #include <memory>
 
 #include "conv.h"
@@ -15,17 +16,19 @@
 namespace resnet_fused {
 
 enum class Form {
-  folded_f32,   // BatchNorm folded in, oneDNN's blocked layout, fp32
-  folded_bf16,  // likewise, bf16
-  tiles,        // as it is, in the tile convolution's blocks, bf16
-  tile_windows  // likewise, a row of the window (8 pixels of 4 channels) as 32 channels of a tap
+  folded_f32,    // BatchNorm folded in, oneDNN's blocked layout, fp32
+  folded_bf16,   // likewise, bf16
+  tiles,         // as it is, in the tile convolution's blocks, bf16
+  tile_windows,  // likewise, a row of the window (8 pixels of 4 channels) as 32 channels of a tap
+  split_tiles,   // like tiles, but fp32 split in two bf16
+  split_windows  // like tile_windows, but split
 };
 
 struct Packed {
   Tensor weight;
   Tensor shift;  // [K], dtype of the weight; folded forms only
-  // Folded fp32 only: no output or partial sum is larger than gain * max|x| + offset.
-  double gain = 0, offset = 0;
+  // No output or partial sum is larger than gain * max|x| + offset; known for folded fp32 only.
+  double gain = std::numeric_limits<double>::infinity(), offset = 0;
 };
 
 // `conv`'s weight in `form`; `in` are the input's sizes, which oneDNN's layouts depend on.

@@ -18,16 +18,17 @@ Chain read(StableIValue* stack) {
   chain.op = "stem";
   chain.x = args.tensor();
   chain.convs.push_back(read_conv(args, "conv."));
+  chain.bf16x3 = args.boolean();
   return chain;
 }
 
 // The convolution's output is written to memory, for some images at a time.
-void convolve_and_pool(const Conv& conv, const Tensor& any_x, const Tensor& y) {
+void convolve_and_pool(const Conv& conv, const Tensor& any_x, bool bf16x3, const Tensor& y) {
   const Tensor x = to_channels_last(any_x);
   const DType dtype = dtype_of(x);
   const Sizes sizes = conv.out_sizes(x.shape());
   const int64_t N = sizes[0], K = sizes[1], H = sizes[2], W = sizes[3];
-  const ConvRunner runner(conv, x.shape(), dtype);
+  const ConvRunner runner(conv, x.shape(), dtype, bf16x3);
   uint32_t threads = 1;
   check_torch(torch_get_num_threads(&threads), "thread count");
   const int64_t piece = images_per_piece(N, K * H * W * item_size(dtype), threads);
@@ -50,12 +51,15 @@ void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
   const DType dtype = dtype_of(chain.x);
   Tensor y = empty_channels_last(sizes, dtype, chain.x);
   const Conv& conv = chain.convs[0];
-  if (N > 0 && dtype == DType::bf16 && tiles_available() && tile_stem_fits(conv, chain.x.shape())) {
-    const auto packed = pack(conv, chain.x.shape(), Form::tile_windows);
+  const bool split = dtype == DType::f32 && chain.bf16x3;
+  const bool on_tiles = (dtype == DType::bf16 || split) && tiles_available();
+  if (N > 0 && on_tiles && tile_stem_fits(conv, chain.x.shape())) {
+    const auto packed =
+        pack(conv, chain.x.shape(), split ? Form::split_windows : Form::tile_windows);
     for (int64_t n : run_tile_stem(conv, *packed, read_affine(conv), chain.x, y))
-      convolve_and_pool(conv, images(chain.x, n, 1), images(y, n, 1));
+      convolve_and_pool(conv, images(chain.x, n, 1), false, images(y, n, 1));
   } else if (N > 0) {
-    convolve_and_pool(conv, chain.x, y);
+    convolve_and_pool(conv, chain.x, chain.bf16x3, y);
   }
   stack[0] = boxed(std::move(y));
 }

@@ -17,9 +17,12 @@ struct TileStep {
   const Affine* affine;
 };
 
-// out = act(conv_n(... relu(conv_1(x))) + shortcut) for dense NHWC bf16 tensors. The shortcut is
-// project(x) if there is a `project`, else `residual`, which may be absent.
-void run_tile_chain(const std::vector<TileStep>& steps, const TileStep* project, const Tensor& x,
-                    const Tensor& residual, bool relu, const Tensor& out);
+// out = act(conv_n(... relu(conv_1(x))) + shortcut) for dense NHWC tensors, bf16 or, with split
+// weights, fp32. The shortcut is project(x) if there is a `project`, else `residual`, which may be
+// absent. Returns the images of an fp32 result in which something is NaN or infinite: there bf16x3
+// may differ in kind from fp32.
+std::vector<int64_t> run_tile_chain(const std::vector<TileStep>& steps, const TileStep* project,
+                                    const Tensor& x, const Tensor& residual, bool relu,
+                                    const Tensor& out);
 
 }  // namespace resnet_fused

@@ -18,8 +18,10 @@ bool tiles_available() {
   return now == kPortable || (now == kAuto && amx_available());
 }
 
-TileKernel* tile_kernel() {
-  return path.load(std::memory_order_relaxed) == kPortable ? tile_conv_portable : tile_conv_amx;
+const TileKernels& tile_kernels() {
+  static constexpr TileKernels kAmx{tile_conv_amx, copy_pixels_amx};
+  static constexpr TileKernels kPlain{tile_conv_portable, copy_pixels_portable};
+  return path.load(std::memory_order_relaxed) == kPortable ? kPlain : kAmx;
 }
 
 Affine read_affine(const Conv& conv) {

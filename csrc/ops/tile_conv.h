@@ -16,12 +16,15 @@ struct Affine {
 };
 Affine read_affine(const Conv& conv);
 
-// True if bf16 convolutions without groups run on tiles here.
+// True if convolutions without groups run on tiles here, in bf16 and bf16x3.
 bool tiles_available();
 
-// The kernel that runs them.
-using TileKernel = void(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
-TileKernel* tile_kernel();
+// The kernels that run them.
+struct TileKernels {
+  bool (*conv)(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
+  void (*copy)(const CopyPixelsParams&);
+};
+const TileKernels& tile_kernels();
 
 }  // namespace resnet_fused
 

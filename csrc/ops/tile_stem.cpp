@@ -12,13 +12,15 @@ namespace resnet_fused {
 namespace {
 
 // The input of one image is a zero-padded picture of 4 channels, 8 bytes a pixel. A row of the GEMM
-// is a window's row of 8 pixels, which is a k-step, and the window's rows are the taps.
+// is a window's row of 8 pixels, which is a k-step.
 class TileStem {
  public:
   TileStem(const Conv& conv, const Packed& packed, const Affine& affine, const Tensor& x,
            const Tensor& out)
-      : x_(static_cast<const uint16_t*>(x.data())),
-        out_(static_cast<uint16_t*>(out.mutable_data())),
+      : dtype_(dtype_of(x)),
+        item_(item_size(dtype_)),
+        x_(static_cast<const unsigned char*>(x.data())),
+        out_(static_cast<unsigned char*>(out.mutable_data())),
         C_(x.size(1)),
         H_(x.size(2)),
         W_(x.size(3)),
@@ -49,10 +51,11 @@ class TileStem {
     per_pool_line_ = per_line;  // two lines of per_line tiles: as many blocks
     for (int64_t r = 0; r < conv.weight.size(2); ++r)
       taps_.push_back(r * conv.dilation[0] * width_ * kPixelBytes);
+    p_.split = dtype_ == DType::f32;
     p_.row_bytes = step * kPixelBytes;
-    p_.tap_bytes = taps_.data();
-    p_.taps = conv.weight.size(2);
-    p_.c_steps = 1;
+    p_.low_bytes = half_bytes();
+    p_.step_bytes = taps_.data();
+    p_.steps = conv.weight.size(2);
     p_.tiles = tiles_.data();
     p_.places = places_.data();
     p_.weight = static_cast<const uint16_t*>(packed.weight.data());
@@ -64,10 +67,7 @@ class TileStem {
     strip_ = std::max<int64_t>(kStripBytes / (2 * line_bytes()), 1);
   }
 
-  // The last tiles of a line read up to 15 rows beyond it.
-  int64_t picture_bytes() const {
-    return (lines_ * width_ + kWindowPixels) * kPixelBytes + kTileRows * p_.row_bytes;
-  }
+  int64_t picture_bytes() const { return half_bytes() * (p_.split ? 2 : 1); }
   int64_t strip_bytes() const { return (2 * strip_ + 3) * line_bytes(); }
   int64_t pool_lines() const { return pool_lines_; }
   int64_t lines() const { return lines_; }
@@ -79,44 +79,57 @@ class TileStem {
       unsigned char* to = picture + line * width_ * kPixelBytes;
       const int64_t h = line - top_;
       std::memset(to, 0, static_cast<size_t>(width_ * kPixelBytes));
+      if (p_.split) std::memset(to + half_bytes(), 0, static_cast<size_t>(width_ * kPixelBytes));
       if (h < 0 || h >= H_) continue;
-      finite = pack_pixels_cpu({x_ + n * strides_[0] + h * strides_[2],
-                                reinterpret_cast<uint64_t*>(to) + left_, C_, W_, strides_[1],
+      to += left_ * kPixelBytes;
+      finite = pack_pixels_cpu({x_ + (n * strides_[0] + h * strides_[2]) * item_, p_.split,
+                                reinterpret_cast<uint64_t*>(to),
+                                reinterpret_cast<uint64_t*>(to + half_bytes()), C_, W_, strides_[1],
                                 strides_[3]}) &&
                finite;
     }
     return finite;
   }
 
-  // Lines [begin, end) of image n's output.
-  void run(int64_t n, int64_t begin, int64_t end, const unsigned char* picture,
-           unsigned char* memory, TileKernel* kernel) const {
+  // Lines [begin, end) of image n's output; false if something in them is not finite.
+  bool run(int64_t n, int64_t begin, int64_t end, const unsigned char* picture,
+           unsigned char* memory, const TileKernels& kernels) const {
     TileConvParams p = p_;
     p.a = picture;
-    auto* strip = reinterpret_cast<uint16_t*>(memory);
-    const int64_t line = Q_ * K_;
-    uint16_t* out = out_ + n * pool_lines_ * pool_columns_ * K_;
+    unsigned char* strip = memory;
+    const int64_t line = line_bytes();
+    unsigned char* out = out_ + n * pool_lines_ * pool_columns_ * K_ * item_;
+    bool finite = true;
     // The strip begins with the two lines before line 2 * first, of which the pool reads the
     // second.
     for (int64_t first = begin; first < end; first += strip_) {
       const int64_t last = std::min(end, first + strip_);
-      uint16_t* zero = strip + (2 - 2 * first) * line;  // where line 0 would be
+      unsigned char* zero = strip + (2 - 2 * first) * line;  // where line 0 would be
       const int64_t from = first == begin ? std::max<int64_t>(first - 1, 0) : first;
       const int64_t to = std::min(last * per_pool_line_, static_cast<int64_t>(tiles_.size()) / 2);
       p.out = zero;
-      kernel(p, from * per_pool_line_, to, 0, round_up(K_, kTileN) / kTileN);
-      relu_max_pool_cpu({zero, out, 1, P_, Q_, K_, DType::bf16}, first, last);
+      finite =
+          kernels.conv(p, from * per_pool_line_, to, 0, round_up(K_, kTileN) / kTileN) && finite;
+      relu_max_pool_cpu({zero, out, 1, P_, Q_, K_, dtype_}, first, last);
       std::memmove(strip + line, zero + (2 * last - 1) * line,
-                   static_cast<size_t>(last < end ? line : 0) * 2);
+                   static_cast<size_t>(last < end ? line : 0));
     }
+    return finite;
   }
 
  private:
   static constexpr int64_t kPixelBytes = 8, kWindowPixels = 8;
-  int64_t line_bytes() const { return Q_ * K_ * 2; }
+  int64_t line_bytes() const { return Q_ * K_ * item_; }
+  // The picture, or a half of it. The last tiles of a line read up to 15 rows beyond it.
+  int64_t half_bytes() const {
+    const int64_t rows = (lines_ * width_ + kWindowPixels) * kPixelBytes;
+    return round_up(rows + kTileRows * p_.row_bytes, 64);
+  }
 
-  const uint16_t* x_;
-  uint16_t* out_;
+  DType dtype_;
+  int64_t item_;
+  const unsigned char* x_;
+  unsigned char* out_;
   int64_t C_, H_, W_, K_, P_, Q_, pool_lines_, pool_columns_, strides_[4];
   int64_t top_, left_, width_, lines_, per_pool_line_, strip_;
   std::vector<int32_t> tiles_, places_;
@@ -142,15 +155,15 @@ std::vector<int64_t> run_tile_stem(const Conv& conv, const Packed& packed, const
   const int64_t bytes = picture + round_up(stem.strip_bytes(), 4096) + 448;
   const Scratch scratch(static_cast<size_t>(bytes * threads));
   std::vector<char> finite(static_cast<size_t>(N), 1);
-  TileKernel* kernel = tile_kernel();
+  const TileKernels& kernels = tile_kernels();
   if (each > 0) {
     parallel_for(threads, 1, [&](int64_t b, int64_t e) {
       for (int64_t t = b; t < e; ++t) {
         unsigned char* memory = scratch.data() + t * bytes;
         for (int64_t n = t * each; n < (t + 1) * each; ++n) {
-          finite[static_cast<size_t>(n)] = stem.fill(n, 0, stem.lines(), memory);
-          if (finite[static_cast<size_t>(n)] != 0)
-            stem.run(n, 0, stem.pool_lines(), memory, memory + picture, kernel);
+          finite[static_cast<size_t>(n)] =
+              stem.fill(n, 0, stem.lines(), memory) &&
+              stem.run(n, 0, stem.pool_lines(), memory, memory + picture, kernels);
         }
       }
     });
@@ -161,14 +174,15 @@ std::vector<int64_t> run_tile_stem(const Conv& conv, const Packed& packed, const
     parallel_for(stem.lines(), 16, [&](int64_t b, int64_t e) {
       if (!stem.fill(n, b, e, scratch.data())) all = false;
     });
-    finite[static_cast<size_t>(n)] = all;
-    if (!all) continue;
-    const int64_t lines = stem.pool_lines();
+    const int64_t lines = all ? stem.pool_lines() : 0;
     parallel_for(threads, 1, [&](int64_t b, int64_t e) {
-      for (int64_t t = b; t < e; ++t)
-        stem.run(n, lines * t / threads, lines * (t + 1) / threads, scratch.data(),
-                 scratch.data() + t * bytes + picture, kernel);
+      for (int64_t t = b; t < e; ++t) {
+        if (!stem.run(n, lines * t / threads, lines * (t + 1) / threads, scratch.data(),
+                      scratch.data() + t * bytes + picture, kernels))
+          all = false;
+      }
     });
+    finite[static_cast<size_t>(n)] = all;
   }
   std::vector<int64_t> others;
   for (int64_t n = 0; n < N; ++n) {

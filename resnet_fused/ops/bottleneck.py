@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import use_reference
+from resnet_fused.dispatch import bf16x3, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -52,6 +52,7 @@ def bottleneck(
         *cb.flatten(conv2),
         *cb.flatten(conv3),
         *cb.flatten_optional(downsample),
+        bf16x3(),
     )
     if not torch.compiler.is_compiling():
         watch(conv1.weight, conv2.weight, conv3.weight, downsample and downsample.weight)
@@ -69,7 +70,7 @@ def _check(
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[ConvBN, ConvBN, ConvBN, ConvBN | None]:
     convs = [cb.unflatten(args[i * FLAT : (i + 1) * FLAT]) for i in range(3)]
-    return convs[0], convs[1], convs[2], cb.unflatten_optional(args[3 * FLAT :])
+    return convs[0], convs[1], convs[2], cb.unflatten_optional(args[3 * FLAT : 4 * FLAT])
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:

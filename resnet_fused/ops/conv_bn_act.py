@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import use_reference
+from resnet_fused.dispatch import bf16x3, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -44,7 +44,9 @@ def conv_bn_act(
     if use_reference(x, "conv_bn_act", conv.groups):
         _check(x, conv, residual)
         return reference.conv_bn_act(x, conv, residual, relu)
-    y: Tensor = torch.ops.resnet_fused.conv_bn_act.default(x, *cb.flatten(conv), residual, relu)
+    y: Tensor = torch.ops.resnet_fused.conv_bn_act.default(
+        x, *cb.flatten(conv), residual, relu, bf16x3()
+    )
     if not torch.compiler.is_compiling():
         watch(conv.weight)
     return y
@@ -57,7 +59,7 @@ def _check(x: Tensor, conv: ConvBN, residual: Tensor | None) -> None:
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:
-    return reference.conv_bn_act(x, cb.unflatten(args[:FLAT]), *args[FLAT:])
+    return reference.conv_bn_act(x, cb.unflatten(args[:FLAT]), *args[FLAT : FLAT + 2])
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

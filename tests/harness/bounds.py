@@ -61,6 +61,9 @@ def conv_bn(x: Exact, conv: ConvBN, dtype: torch.dtype, products: str = "exact")
     adds one unit of that dtype to each. ``tensor cores``: these may cut sums off where they do not
     round them, another ``u`` for each product and sum; and float32 is rounded to TF32, 10 of 23
     bits: each factor is off by at most 2**-11 of itself, a product by 2 * 2**-11 + 2**-22.
+    ``bf16x3``: like ``folded``, or float32 is split: with u = 2**-8, bfloat16's, v = high + low +
+    d, |low| <= u (1 + u) |v| and |d| <= u^2 |v|; of x w the three parts low(x) low(w), d(x) w and
+    x d(w) are missing, 3 u^2 (1 + u)^2 |x w| at most, and there are three sums for one.
     """
     w = conv.weight.double()
     k = w[0].numel()
@@ -88,7 +91,9 @@ def conv_bn(x: Exact, conv: ConvBN, dtype: torch.dtype, products: str = "exact")
     # Per output: K products and sums, 5 operations for scale, 8 for shift, 2 to apply them.
     error = passed + (k + 7) * U * sums + per_channel(8 * U * (spread + beta.abs()))
     error = error + 2 * U * (sums + per_channel(shift.abs()))
-    if products == "folded":
+    if products == "bf16x3" and dtype == torch.float32:
+        error = error + (3 * 2.0**-16 * (1 + 2.0**-8) ** 2 + 2 * k * U) * sums
+    if products in ("folded", "bf16x3"):
         unit = 2.0**-8 if dtype == torch.bfloat16 else U
         error = error + unit * (sums + per_channel(shift.abs()))
     if products == "tensor cores":

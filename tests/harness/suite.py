@@ -16,9 +16,21 @@ from harness.bounds import assert_within
 from harness.case import DTYPES, Case, Inputs, Op, Source
 from harness.table import TABLE
 from harness.views import VIEWS
+from resnet_fused import _extension
 
+# float32 as bf16x3, as this CPU does it where it has AMX, and portably. Other dtypes' tests of
+# these paths are deselected (conftest.py).
+BF16X3 = ("portable bf16x3",) + ("auto bf16x3",) * _extension.amx()
 # On a GPU, "cuda" sends copies of the tensors there.
-PATHS = ("auto", "onednn", "portable", "reference") + ("cuda",) * torch.cuda.is_available()
+PATHS = ("auto", "onednn", "portable", "reference", *BF16X3)
+PATHS += ("cuda",) * torch.cuda.is_available()
+# Where own kernels promise the same bits in every batch and with any number of threads.
+TILES = ("portable",) + ("auto",) * _extension.amx() + BF16X3
+
+
+def tile_dtype(path: str) -> torch.dtype:
+    """The dtype that goes to tiles on one of TILES."""
+    return torch.float32 if path in BF16X3 else torch.bfloat16
 
 
 def make(op: Op, case: Case, dtype: torch.dtype, integer: bool = False) -> Inputs:
@@ -29,6 +41,8 @@ def products(path: str) -> str:
     """How a path's convolutions may compute products, as harness.bounds names it."""
     if path in ("cuda", "emulated"):
         return "tensor cores"
+    if path in BF16X3:
+        return "bf16x3"
     return "exact" if path == "reference" else "folded"
 
 
@@ -56,8 +70,8 @@ class PathSuite:
 
     @pytest.fixture(params=PATHS)
     def path(self, request: pytest.FixtureRequest, force_path: Any) -> Iterator[str]:
-        """Every implementation: what this CPU chooses, oneDNN, portable tiles, plain PyTorch, and
-        the GPU if there is one.
+        """Every implementation: what this CPU chooses, oneDNN, portable tiles, plain PyTorch,
+        float32 as bf16x3, and the GPU if there is one.
         """
         with force_path(request.param):
             yield request.param
@@ -70,7 +84,7 @@ class PathSuite:
     def test_within_the_derived_bound(self, dtype: torch.dtype, path: str) -> None:
         """Breaks on any wrong tail, border, stride or rounding."""
         for case in self.op.cases:
-            if case.slow and path != "auto":
+            if case.slow and not path.startswith("auto"):
                 continue
             inputs = make(self.op, case, dtype)
             got = self.op.call(*inputs[0], **inputs[1])
@@ -84,7 +98,7 @@ class PathSuite:
     def test_exact_integers(self, dtype: torch.dtype, path: str) -> None:
         """Breaks on a single dropped, repeated or misplaced product: the threshold is 0."""
         for case in self.op.cases:
-            if case.slow and path != "auto":
+            if case.slow and not path.startswith("auto"):
                 continue
             inputs = make(self.op, case, dtype, integer=True)
             want = self.exact(path, dtype, inputs)
@@ -115,7 +129,7 @@ class PathSuite:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_poisoned_memory_and_order(self, dtype: torch.dtype, path: str) -> None:
         """Breaks where an element is not written, or what ran before leaks into a result."""
-        cases = [c for c in self.op.cases if path == "auto" or not c.slow]
+        cases = [c for c in self.op.cases if path.startswith("auto") or not c.slow]
         made = [make(self.op, case, dtype) for case in cases]
         first = [self.op.call(*args, **kwargs) for args, kwargs in made]
         for (args, kwargs), want in reversed(list(zip(made, first, strict=True))):
@@ -131,7 +145,7 @@ class PathSuite:
         for case in self.op.cases:
             if case.slow:
                 continue
-            inputs = make(self.op, case, torch.bfloat16)
+            inputs = make(self.op, case, torch.float32 if path in BF16X3 else torch.bfloat16)
             copies = map_tensors(torch.clone, inputs)
             got = self.op.call(*inputs[0], **inputs[1])
             for t, copy in zip(floats(inputs), floats(copies), strict=True):
@@ -149,9 +163,9 @@ class Suite(PathSuite):
         thing.
         """
         threads = torch.get_num_threads()
-        for path in ("auto", "portable"):
+        for path in TILES:
             for case in self.op.cases:
-                inputs = make(self.op, case, torch.bfloat16)
+                inputs = make(self.op, case, tile_dtype(path))
                 if case.slow or any(getattr(a, "groups", 1) > 1 for a in inputs[0]):
                     continue
                 with force_path(path):

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Tile convolutions of random shapes against sums written out, in buffers of exactly the size that
-// the maps ask for. Arguments: seed, count, and 1 to run the AMX kernel too. Values are small
-// integers, so every result is exact. Exits with 1 and the shape if something is wrong.
+// the maps ask for, in bf16 and, as bf16x3, in fp32. Arguments: seed, count, and 1 to run the AMX
+// kernel too. Values are integers, in bf16x3 of up to 13 bits on either side, so every result is
+// exact. Exits with 1 and the shape if something is wrong.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,11 +25,68 @@ uint16_t bf16(int value) {
   std::memcpy(&bits, &f, 4);
   return static_cast<uint16_t>(bits >> 16);  // exact for small integers
 }
-int integer(uint16_t value) {
+float number(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
-  return static_cast<int>(f);
+  return f;
+}
+
+// Activations: bf16, or fp32 as it is or split.
+struct Values {
+  bool fp32, split;
+  int64_t pixels, channels;
+  std::unique_ptr<unsigned char[]> bytes{new unsigned char[static_cast<size_t>(size())]};
+
+  int64_t size() const { return pixels * channels * (fp32 ? 4 : 2); }
+  // Where a value is, or its upper half; the lower one is 64 bytes behind.
+  unsigned char* at(int64_t pixel, int64_t c) const {
+    unsigned char* first = bytes.get() + pixel * channels * (fp32 ? 4 : 2);
+    return split ? first + c / 32 * 128 + c % 32 * 2 : first + c * (fp32 ? 4 : 2);
+  }
+  void set(int64_t pixel, int64_t c, int value) {
+    const auto f = static_cast<float>(value);
+    if (fp32 && !split) {
+      std::memcpy(at(pixel, c), &f, 4);
+      return;
+    }
+    uint16_t high = bf16(value), low = 0;
+    if (split) split_cpu(&f, &high, &low, 1);
+    std::memcpy(at(pixel, c), &high, 2);
+    if (split) std::memcpy(at(pixel, c) + 64, &low, 2);
+  }
+  int get(int64_t pixel, int64_t c) const {
+    float f;
+    uint16_t high, low = 0;
+    std::memcpy(&f, at(pixel, c), fp32 && !split ? 4 : 2);
+    std::memcpy(&high, at(pixel, c), 2);
+    if (split) std::memcpy(&low, at(pixel, c) + 64, 2);
+    return static_cast<int>(fp32 && !split ? f : number(high) + number(low));
+  }
+  // NaN in whichever form.
+  void poison(int64_t first, int64_t count, unsigned char value) {
+    std::memset(at(first, 0), value, static_cast<size_t>(size() / pixels * count));
+  }
+};
+
+std::vector<uint16_t> pack(const std::vector<int>& weight, bool split, int64_t K, int64_t C,
+                           int64_t taps) {
+  std::vector<float> wide(weight.begin(), weight.end());
+  std::vector<uint16_t> high(wide.size()), low(wide.size());
+  split_cpu(wide.data(), high.data(), low.data(), static_cast<int64_t>(wide.size()));
+  const int64_t panels = round_up(K, kTileN) / kTileN;
+  std::vector<uint16_t> packed(
+      static_cast<size_t>(panels * kTileN * round_up(C, kTileK) * taps * (split ? 2 : 1)));
+  pack_tiles_cpu({high.data(), split ? low.data() : nullptr, packed.data(), K, C, taps}, 0, panels);
+  return packed;
+}
+
+std::vector<int64_t> steps(const std::vector<int64_t>& taps, int64_t channels, int64_t item) {
+  std::vector<int64_t> bytes;
+  for (int64_t c = 0; c < channels; c += kTileK) {
+    for (int64_t tap : taps) bytes.push_back((tap * channels + c) * item);
+  }
+  return bytes;
 }
 
 Window random_window(int64_t H, int64_t W) {
@@ -48,7 +106,7 @@ Window random_window(int64_t H, int64_t W) {
   return w;
 }
 
-using Kernel = void(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
+using Kernel = bool(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
 
 bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* kernel) {
   const TileLayout from = tile_layout(w, images, inner);
@@ -58,56 +116,63 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   const bool chained = pick(0, 1) == 1;
   const TileMap map = make_tile_map(from, chained ? &to : nullptr, in_place);
 
+  const bool split = pick(0, 1) == 1;
+  const int64_t item = split ? 4 : 2;
   const int64_t C = pick(1, 40), K = pick(1, 70), channels = round_up(C, kTileK);
   const int64_t taps = w.size[0] * w.size[1], pitch = chained ? round_up(K, kTileN) : K;
-  const int64_t rows = in_place ? from.pixels() : map.rows;
+  // Split: one factor has lower halves, the other none, so that low * low is not missed.
+  const bool wide_x = split && pick(0, 1) == 1, wide_w = split && !wide_x;
+  const auto value = [](bool wide, int64_t most) {
+    return static_cast<int>(wide ? pick(-4100, 4100) : pick(-most, most));
+  };
+  Values x{split, split, in_place ? from.pixels() : map.rows, channels};
   // Poison: what is neither image nor hole must not matter.
-  std::unique_ptr<uint16_t[]> x(new uint16_t[static_cast<size_t>(rows * channels)]);
-  std::fill_n(x.get(), rows * channels, uint16_t{0x7fc0});
-  for (const Hole& h : map.holes)
-    std::fill_n(x.get() + h.first * channels, h.count * channels, uint16_t{0});
+  x.poison(0, x.pixels, 0xff);
+  for (const Hole& h : map.holes) x.poison(h.first, h.count, 0);
   std::vector<int> image(static_cast<size_t>(images * w.in[0] * w.in[1] * C));
   for (int64_t g = 0; g < images; ++g) {
     for (int64_t y = 0; y < w.in[0]; ++y) {
       for (int64_t q = 0; q < w.in[1]; ++q) {
         const int64_t at = from.at(g, y, q);
         for (int64_t c = 0; c < channels; ++c) {
-          const int value = c < C ? static_cast<int>(pick(-4, 4)) : 0;
-          if (c < C) image[static_cast<size_t>(((g * w.in[0] + y) * w.in[1] + q) * C + c)] = value;
-          if (at >= 0) x[static_cast<size_t>(at * channels + c)] = bf16(value);
+          const int v = c < C ? value(wide_x, 4) : 0;
+          if (c < C) image[static_cast<size_t>(((g * w.in[0] + y) * w.in[1] + q) * C + c)] = v;
+          if (at >= 0) x.set(at, c, v);
         }
       }
     }
   }
-  std::vector<uint16_t> weight(static_cast<size_t>(K * C * taps));
-  for (auto& v : weight) v = bf16(static_cast<int>(pick(-3, 3)));
-  std::vector<uint16_t> packed(static_cast<size_t>(round_up(K, kTileN) * channels * taps));
-  pack_tiles_cpu({weight.data(), packed.data(), K, C, taps}, 0, round_up(K, kTileN) / kTileN);
+  std::vector<int> weight(static_cast<size_t>(K * C * taps));
+  for (int& v : weight) v = value(wide_w, 3);
+  const std::vector<uint16_t> packed = pack(weight, split, K, C, taps);
   std::vector<float> scale(static_cast<size_t>(round_up(K, kTileN))), shift(scale.size());
   for (size_t k = 0; k < static_cast<size_t>(K); ++k) {
     scale[k] = 1.0f;
     shift[k] = static_cast<float>(k % 5);
   }
   const int64_t pixels = chained ? to.pixels() : images * w.out[0] * w.out[1];
-  std::vector<uint16_t> out(static_cast<size_t>(pixels * pitch), bf16(99));
-  std::vector<uint16_t> residual(chained ? 0 : out.size());
-  for (auto& v : residual) v = bf16(static_cast<int>(pick(-9, 9)));
-  std::vector<int64_t> tap_bytes;
-  for (int64_t tap : map.taps) tap_bytes.push_back(tap * channels * 2);
+  Values out{split, split && chained, pixels, pitch};
+  out.poison(0, pixels, 0x5a);
+  Values residual{split, false, chained ? 0 : pixels, K};
+  for (int64_t i = 0; i < residual.pixels; ++i) {
+    for (int64_t k = 0; k < K; ++k) residual.set(i, k, static_cast<int>(pick(-9, 9)));
+  }
+  const std::vector<int64_t> step_bytes = steps(map.taps, channels, item);
 
   TileConvParams p{};
-  p.a = reinterpret_cast<const unsigned char*>(x.get());
-  p.row_bytes = channels * 2;
-  p.tap_bytes = tap_bytes.data();
-  p.taps = taps;
-  p.c_steps = channels / kTileK;
+  p.split = split;
+  p.a = x.bytes.get();
+  p.row_bytes = channels * item;
+  p.low_bytes = 64;
+  p.step_bytes = step_bytes.data();
+  p.steps = static_cast<int64_t>(step_bytes.size());
   p.tiles = map.tiles.data();
   p.places = map.places.data();
   p.weight = packed.data();
   p.scale = scale.data();
   p.shift = shift.data();
-  p.residual = chained ? nullptr : residual.data();
-  p.out = out.data();
+  p.residual = chained ? nullptr : residual.bytes.get();
+  p.out = out.bytes.get();
   p.K = K;
   p.pitch = pitch;
   p.whole = chained;
@@ -115,33 +180,34 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   p.filters_inside = pick(0, 1) == 1;
   // A projection of other values at the same rows, instead of the residual.
   const bool projects = !chained && pick(0, 1) == 1;
-  const int64_t C2 = pick(1, 40), channels2 = round_up(C2, kTileK), zero = 0;
-  std::vector<uint16_t> x2(static_cast<size_t>(map.rows * channels2), 0x7fc0), weight2, packed2;
-  std::vector<int> image2(static_cast<size_t>(images * w.out[0] * w.out[1] * C2));
+  const int64_t C2 = pick(1, 40), channels2 = round_up(C2, kTileK);
+  Values x2{split, split, map.rows, channels2};
+  x2.poison(0, x2.pixels, 0xff);
+  std::vector<int> image2(static_cast<size_t>(images * w.out[0] * w.out[1] * C2)), weight2;
+  std::vector<uint16_t> packed2;
   std::vector<float> scale2(scale.size()), shift2(scale.size());
+  const std::vector<int64_t> step_bytes2 = steps({0}, channels2, item);
   TileConvParams project = p;
   if (projects) {
     for (int64_t i = 0; i < images * w.out[0] * w.out[1]; ++i) {
       const int64_t q = i % w.out[1], y = i / w.out[1] % w.out[0], g = i / w.out[1] / w.out[0];
       for (int64_t c = 0; c < channels2; ++c) {
-        const int value = c < C2 ? static_cast<int>(pick(-4, 4)) : 0;
-        if (c < C2) image2[static_cast<size_t>(i * C2 + c)] = value;
-        x2[static_cast<size_t>(from.row(g, y, q) * channels2 + c)] = bf16(value);
+        const int v = c < C2 ? value(wide_x, 4) : 0;
+        if (c < C2) image2[static_cast<size_t>(i * C2 + c)] = v;
+        x2.set(from.row(g, y, q), c, v);
       }
     }
     weight2.resize(static_cast<size_t>(K * C2));
-    for (auto& v : weight2) v = bf16(static_cast<int>(pick(-3, 3)));
-    packed2.resize(static_cast<size_t>(round_up(K, kTileN) * channels2));
-    pack_tiles_cpu({weight2.data(), packed2.data(), K, C2, 1}, 0, round_up(K, kTileN) / kTileN);
+    for (int& v : weight2) v = value(wide_w, 3);
+    packed2 = pack(weight2, split, K, C2, 1);
     for (size_t k = 0; k < static_cast<size_t>(K); ++k) {
       scale2[k] = 2.0f;
       shift2[k] = static_cast<float>(k % 3);
     }
-    project.a = reinterpret_cast<const unsigned char*>(x2.data());
-    project.row_bytes = channels2 * 2;
-    project.tap_bytes = &zero;
-    project.taps = 1;
-    project.c_steps = channels2 / kTileK;
+    project.a = x2.bytes.get();
+    project.row_bytes = channels2 * item;
+    project.step_bytes = step_bytes2.data();
+    project.steps = static_cast<int64_t>(step_bytes2.size());
     project.weight = packed2.data();
     project.scale = scale2.data();
     project.shift = shift2.data();
@@ -151,9 +217,13 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   // In two parts, divided either way.
   const int64_t blocks = map.blocks(), panels = round_up(K, kTileN) / kTileN;
   const int64_t cut = pick(0, blocks), cut_panels = pick(0, panels);
-  kernel(p, 0, cut, 0, panels);
-  kernel(p, cut, blocks, 0, cut_panels);
-  kernel(p, cut, blocks, cut_panels, panels);
+  bool finite = kernel(p, 0, cut, 0, panels);
+  finite = kernel(p, cut, blocks, 0, cut_panels) && finite;
+  finite = kernel(p, cut, blocks, cut_panels, panels) && finite;
+  if (!finite) {
+    std::printf("a result is said to be NaN or infinite\n");
+    return false;
+  }
 
   std::vector<char> written(static_cast<size_t>(pixels), 0);
   for (int64_t g = 0; g < images; ++g) {
@@ -172,24 +242,22 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
               const int* pixel = &image[static_cast<size_t>(((g * w.in[0] + h) * w.in[1] + v) * C)];
               for (int64_t c = 0; c < C; ++c)
                 want +=
-                    pixel[c] *
-                    integer(weight[static_cast<size_t>((k * C + c) * taps + r * w.size[1] + s)]);
+                    pixel[c] * weight[static_cast<size_t>((k * C + c) * taps + r * w.size[1] + s)];
             }
           }
-          const auto index = static_cast<size_t>(at * pitch + k);
-          if (!chained && !projects) want += integer(residual[index]);
+          if (!chained && !projects) want += residual.get(at, k);
           if (projects && k < K) {
             int sum = 0;
             const int* pixel = &image2[static_cast<size_t>(at * C2)];
             for (int64_t c = 0; c < C2; ++c)
-              sum += pixel[c] * integer(weight2[static_cast<size_t>(k * C2 + c)]);
+              sum += pixel[c] * weight2[static_cast<size_t>(k * C2 + c)];
             want += 2 * sum + static_cast<int>(k % 3);
           }
           if (p.relu && want < 0) want = 0;
           if (k >= K) want = 0;
-          // Sums beyond 2^8 are rounded to bf16.
-          const int got = integer(out[index]),
-                    step = std::abs(want) < 256 ? 0 : std::abs(want) / 128;
+          // bf16 holds 8 bits, and split fp32 16.
+          const int got = out.get(at, k), bits = !split ? 8 : chained ? 16 : 24;
+          const int step = std::abs(want) < 1 << bits ? 0 : std::abs(want) >> (bits - 1);
           if (std::abs(got - want) > step) {
             std::printf("pixel (%d, %d, %d) filter %d is %d instead of %d\n", static_cast<int>(g),
                         static_cast<int>(y), static_cast<int>(q), static_cast<int>(k), got, want);
@@ -201,7 +269,7 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   }
   for (size_t i = 0; i < written.size(); ++i) {
     for (int64_t k = 0; written[i] == 0 && k < pitch; ++k) {
-      if (out[i * static_cast<size_t>(pitch) + static_cast<size_t>(k)] != bf16(99)) {
+      if (*out.at(static_cast<int64_t>(i), k) != 0x5a) {
         std::printf("a place without a pixel was written\n");
         return false;
       }

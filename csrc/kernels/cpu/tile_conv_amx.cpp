@@ -41,10 +41,11 @@ bool amx_available() {
 #include "tile_conv_body.h"
 
 namespace resnet_fused {
-void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+bool tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end) {
-  amx::tile_conv(p, begin, end, n_begin, n_end);
+  return amx::tile_conv(p, begin, end, n_begin, n_end);
 }
+void copy_pixels_amx(const CopyPixelsParams& p) { amx::copy_pixels(p); }
 }  // namespace resnet_fused
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
@@ -53,10 +54,11 @@ void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t 
 
 namespace resnet_fused {
 bool amx_available() { return false; }
-void tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+bool tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end) {
-  tile_conv_portable(p, begin, end, n_begin, n_end);
+  return tile_conv_portable(p, begin, end, n_begin, n_end);
 }
+void copy_pixels_amx(const CopyPixelsParams& p) { copy_pixels_portable(p); }
 }  // namespace resnet_fused
 
 #endif

@@ -19,10 +19,11 @@ static_assert(kTileM == 32 && kTileN == 32 && kTileK == 32, "Tiles::step compute
 constexpr int64_t kAhead = 4096;
 
 // What a call does with its sums; a loop is compiled for each.
-template <Add kAdd_, bool kRelu, bool kWhole>
+template <bool kSplit_, Add kAdd_, bool kRelu, bool kWhole>
 struct Kind {
+  static constexpr bool kSplit = kSplit_;
   static constexpr Add kAdd = kAdd_;
-  using Finish = Epilogue<kAdd, kRelu, kWhole>;
+  using Finish = Epilogue<kSplit, kAdd, kRelu, kWhole>;
 };
 
 // A block whose sums are known, but not finished.
@@ -39,13 +40,15 @@ template <typename Kind>
 struct Finisher {
   static constexpr bool kProjects = Kind::kAdd == Add::projected;
   static constexpr bool kResidual = Kind::kAdd == Add::residual;
+  static constexpr int64_t kItem = Kind::kSplit ? 4 : 2;  // bytes of an activation
 
   const typename Kind::Finish finish;
   const float *c, *projected;
   const int32_t *place, *end;
-  const uint16_t* residual;
-  uint16_t* out;
-  const int64_t K, pitch;
+  const unsigned char* residual;
+  unsigned char* out;
+  const int64_t K, pitch;  // in bytes
+  uint32_t odd = 0;        // not 0 if a result is NaN or infinite
 
   RESNET_FUSED_ALWAYS Finisher(const TileConvParams& p, const Unfinished& block)
       : finish{Normed(p.scale + block.k, p.shift + block.k),
@@ -56,16 +59,17 @@ struct Finisher {
         projected(block.projected),
         place(block.places),
         end(block.places + (block.places == nullptr ? 0 : kTileM)),
-        residual(kResidual ? p.residual + block.k : nullptr),
-        out(p.out + block.k),
-        K(p.K),
-        pitch(p.pitch) {}
+        residual(kResidual ? static_cast<const unsigned char*>(p.residual) + block.k * kItem
+                           : nullptr),
+        out(static_cast<unsigned char*>(p.out) + block.k * kItem),
+        K(p.K * kItem),
+        pitch(p.pitch * kItem) {}
   RESNET_FUSED_ALWAYS void rows(int64_t count) {
     const int32_t* stop = end - place < count ? end : place + count;
     for (; place < stop; ++place, c += kTileN, projected += kProjects ? kTileN : 0) {
       const int64_t pixel = *place;
       if (pixel < 0) continue;
-      finish(c, projected, kResidual ? residual + pixel * K : nullptr, out + pixel * pitch);
+      odd |= finish(c, projected, kResidual ? residual + pixel * K : nullptr, out + pixel * pitch);
     }
   }
   static RESNET_FUSED_ALWAYS uint32_t mask(int64_t columns) {
@@ -96,37 +100,35 @@ template <typename Kind>
 static RESNET_FUSED_ALWAYS void multiply(const TileConvParams& p, Tiles& tiles, float* before,
                                          Finisher<Kind>& finisher, int64_t rows_at_once, int64_t m,
                                          const unsigned char* b, bool fresh, Ahead& ahead) {
-  const int64_t row_bytes = p.row_bytes, c_steps = p.c_steps, taps = p.taps;
+  constexpr bool kSplit = Kind::kSplit;
+  constexpr int64_t kPanelStep = (kSplit ? 4 : 2) * kTileBytes;
+  const int64_t row_bytes = p.row_bytes, low_bytes = p.low_bytes;
+  const int64_t *at = p.step_bytes, *const end = at + p.steps;
   const unsigned char* rows0 = p.a + p.tiles[2 * m] * row_bytes;
   const unsigned char* rows1 = p.a + p.tiles[2 * m + 1] * row_bytes;
-  for (int64_t t = 0; t < taps; ++t) {
-    const unsigned char *a0 = rows0 + p.tap_bytes[t], *a1 = rows1 + p.tap_bytes[t];
-    for (int64_t s = 0; s < c_steps; ++s) {
-      if (t + s == 0) {
-        tiles.first(a0, a1, row_bytes, b, before);
-      } else {
-        tiles.step(a0, a1, row_bytes, b);
-      }
-      finisher.rows(rows_at_once);
-      a0 += 2 * kTileK;
-      a1 += 2 * kTileK;
-      b += 2 * kTileBytes;
-      if (fresh) {
-        for (int64_t i = 0; i < 2 * kTileBytes; i += 64) prefetch(b - 2 * kTileBytes + kAhead + i);
-      }
-      ahead.step();
+  for (bool first = true; at < end; ++at, first = false) {
+    const unsigned char *a0 = rows0 + *at, *a1 = rows1 + *at;
+    if (first) {
+      tiles.template first<kSplit>(a0, a1, row_bytes, low_bytes, b, before);
+    } else {
+      tiles.template step<kSplit>(a0, a1, row_bytes, low_bytes, b);
     }
+    finisher.rows(rows_at_once);
+    if (fresh) {
+      for (int64_t i = 0; i < kPanelStep; i += 64) prefetch(b + kAhead + i);
+    }
+    b += kPanelStep;
+    ahead.step();
   }
 }
 
-static RESNET_FUSED_ALWAYS int64_t steps_of(const TileConvParams& p) { return p.taps * p.c_steps; }
-
 static RESNET_FUSED_ALWAYS const unsigned char* panel(const TileConvParams& p, int64_t n) {
-  return reinterpret_cast<const unsigned char*>(p.weight) + n * steps_of(p) * 2 * kTileBytes;
+  return reinterpret_cast<const unsigned char*>(p.weight) +
+         n * p.steps * (p.split ? 4 : 2) * kTileBytes;
 }
 
 template <typename Kind>
-static void loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+static bool loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                  int64_t n_end) {
   constexpr bool kProjects = Kind::kAdd == Add::projected;
   Tiles tiles;
@@ -136,8 +138,9 @@ static void loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_
   // is being finished.
   alignas(64) float projected[kProjects ? 3 : 1][kProjects ? kTileM * kTileN : 1];
   int place = 0;
-  const int64_t steps = steps_of(p) + (kProjects ? steps_of(*p.project) : 0);
+  const int64_t steps = p.steps + (kProjects ? p.project->steps : 0);
   const int64_t rows_at_once = (kTileM + steps - 1) / steps;
+  uint32_t odd = 0;
   Ahead ahead(p, (end - begin) * (n_end - n_begin) * steps);
   const auto run = [&](int64_t m, int64_t n) __attribute__((always_inline)) {
     Unfinished& now = blocks[at];
@@ -151,6 +154,7 @@ static void loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_
     }
     multiply(p, tiles, before, finisher, rows_at_once, m, panel(p, n), fresh, ahead);
     finisher.rows(kTileM);
+    odd |= finisher.odd;
     now.projected = projected[place];
     now.places = p.places + m * kTileM;
     now.k = n * kTileN;
@@ -167,30 +171,53 @@ static void loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_
     }
   }
   tiles.store(blocks[1 - at].c);
-  Finisher<Kind>(p, blocks[at]).rows(kTileM);
-  Finisher<Kind>(p, blocks[1 - at]).rows(kTileM);
+  const Unfinished* last[] = {&blocks[at], &blocks[1 - at]};
+  for (const Unfinished* block : last) {
+    Finisher<Kind> finisher(p, *block);
+    finisher.rows(kTileM);
+    odd |= finisher.odd;
+  }
+  return odd == 0;
 }
 
-template <Add kAdd>
-static void choose(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+template <bool kSplit, Add kAdd>
+static bool choose(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                    int64_t n_end) {
   if (p.relu) {
-    p.whole ? loop<Kind<kAdd, true, true>>(p, begin, end, n_begin, n_end)
-            : loop<Kind<kAdd, true, false>>(p, begin, end, n_begin, n_end);
-  } else {
-    p.whole ? loop<Kind<kAdd, false, true>>(p, begin, end, n_begin, n_end)
-            : loop<Kind<kAdd, false, false>>(p, begin, end, n_begin, n_end);
+    return p.whole ? loop<Kind<kSplit, kAdd, true, true>>(p, begin, end, n_begin, n_end)
+                   : loop<Kind<kSplit, kAdd, true, false>>(p, begin, end, n_begin, n_end);
   }
+  return p.whole ? loop<Kind<kSplit, kAdd, false, true>>(p, begin, end, n_begin, n_end)
+                 : loop<Kind<kSplit, kAdd, false, false>>(p, begin, end, n_begin, n_end);
 }
 
-static void tile_conv(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+template <bool kSplit>
+static bool choose(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                   int64_t n_end) {
+  if (p.project != nullptr) return choose<kSplit, Add::projected>(p, begin, end, n_begin, n_end);
+  if (p.residual != nullptr) return choose<kSplit, Add::residual>(p, begin, end, n_begin, n_end);
+  return choose<kSplit, Add::nothing>(p, begin, end, n_begin, n_end);
+}
+
+static bool tile_conv(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                       int64_t n_end) {
-  if (p.project != nullptr) {
-    choose<Add::projected>(p, begin, end, n_begin, n_end);
-  } else if (p.residual != nullptr) {
-    choose<Add::residual>(p, begin, end, n_begin, n_end);
-  } else {
-    choose<Add::nothing>(p, begin, end, n_begin, n_end);
+  return p.split ? choose<true>(p, begin, end, n_begin, n_end)
+                 : choose<false>(p, begin, end, n_begin, n_end);
+}
+
+static void copy_pixels(const CopyPixelsParams& p) {
+  const int64_t item = p.split ? 4 : 2, bytes = p.C * item;
+  const auto* from = static_cast<const unsigned char*>(p.from);
+  auto* to = static_cast<unsigned char*>(p.to);
+  for (int64_t i = 0; i < p.count; ++i) {
+    if (p.split) {
+      for (int64_t c = 0; c < p.C; c += kTileK) split_32(from + 4 * c, p.C - c, to + 4 * c);
+    } else {
+      std::memcpy(to, from, static_cast<size_t>(bytes));
+      std::memset(to + bytes, 0, static_cast<size_t>(p.channels * item - bytes));
+    }
+    from += p.from_step * bytes;
+    to += p.to_step * p.channels * item;
   }
 }
 

@@ -5,8 +5,9 @@
 #include "tile_conv_body.h"
 
 namespace resnet_fused {
-void tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+bool tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                         int64_t n_end) {
-  portable::tile_conv(p, begin, end, n_begin, n_end);
+  return portable::tile_conv(p, begin, end, n_begin, n_end);
 }
+void copy_pixels_portable(const CopyPixelsParams& p) { portable::copy_pixels(p); }
 }  // namespace resnet_fused

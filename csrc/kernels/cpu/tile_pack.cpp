@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What surrounds the tile convolution: packing of weights and copying of images into planes.
+// What goes before the tile convolution: packing of weights and of the stem's images.
 #include <cstring>
 
 #include "../tile_conv.h"
@@ -9,37 +9,40 @@ namespace resnet_fused {
 
 void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end) {
   const int64_t c_steps = round_up(p.C, kTileK) / kTileK;
-  const int64_t block = p.taps * c_steps * kTileN * kTileK;
+  const int64_t step = kTileN * kTileK * (p.low == nullptr ? 1 : 2),
+                block = p.taps * c_steps * step;
   std::memset(p.packed + n_begin * block, 0, static_cast<size_t>((n_end - n_begin) * block) * 2);
   for (int64_t n = n_begin; n < n_end; ++n) {
     uint16_t* to = p.packed + n * block;
     for (int64_t f = 0; f < kTileN && n * kTileN + f < p.K; ++f) {
-      const uint16_t* filter = p.weight + (n * kTileN + f) * p.C * p.taps;
+      const int64_t filter = (n * kTileN + f) * p.C * p.taps;
       for (int64_t c = 0; c < p.C; ++c) {
         // Tile of 16 filters, pair of channels, filter, channel of the pair.
-        const int64_t at = (c / kTileK) * kTileN * kTileK + (f / 16) * 512 + (c % kTileK / 2) * 32 +
+        const int64_t at = (c / kTileK) * p.taps * step + (f / 16) * 512 + (c % kTileK / 2) * 32 +
                            (f % 16) * 2 + c % 2;
-        for (int64_t t = 0; t < p.taps; ++t)
-          to[t * c_steps * kTileN * kTileK + at] = filter[c * p.taps + t];
+        for (int64_t t = 0; t < p.taps; ++t) {
+          const int64_t from = filter + c * p.taps + t, i = t * step + at;
+          to[i] = p.weight[from];
+          if (p.low != nullptr) to[i + kTileN * kTileK] = p.low[from];
+        }
       }
     }
   }
 }
 
-void copy_pixels_cpu(const CopyPixelsParams& p) {
-  const auto bytes = static_cast<size_t>(p.C) * 2;
-  if (p.C == p.channels && p.from_step == 1 && p.to_step == 1) {
-    std::memcpy(p.to, p.from, static_cast<size_t>(p.count) * bytes);
-    return;
+namespace {
+
+RESNET_FUSED_CLONES void split(const float* x, uint16_t* high, uint16_t* low, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    high[i] = float_to_bf16(x[i]);
+    low[i] = float_to_bf16(x[i] - bf16_to_float(high[i]));
   }
-  const uint16_t* from = p.from;
-  uint16_t* to = p.to;
-  for (int64_t i = 0; i < p.count; ++i) {
-    std::memcpy(to, from, bytes);
-    if (p.C < p.channels) std::memset(to + p.C, 0, static_cast<size_t>(p.channels - p.C) * 2);
-    from += p.from_step * p.C;
-    to += p.to_step * p.channels;
-  }
+}
+
+}  // namespace
+
+void split_cpu(const float* x, uint16_t* high, uint16_t* low, int64_t count) {
+  split(x, high, low, count);
 }
 
 namespace {
@@ -50,7 +53,7 @@ constexpr uint64_t kExponents = 0x7f807f807f807f80u, kOnes = 0x0080008000800080u
 
 template <int C>
 RESNET_FUSED_INLINE uint64_t pack_line(const PackPixelsParams& p, int64_t w_stride) {
-  const uint16_t* x = p.x;
+  const auto* x = static_cast<const uint16_t*>(p.x);
   uint64_t found = 0;
   for (int64_t w = 0; w < p.W; ++w) {
     uint64_t pixel = x[w * w_stride];
@@ -63,9 +66,30 @@ RESNET_FUSED_INLINE uint64_t pack_line(const PackPixelsParams& p, int64_t w_stri
   return found & kSigns;
 }
 
+// fp32; returns not 0 if a value is NaN or infinite, or becomes so when it is split.
+template <int C>
+RESNET_FUSED_INLINE uint64_t split_line(const PackPixelsParams& p, int64_t w_stride) {
+  const auto* x = static_cast<const float*>(p.x);
+  uint64_t found = 0;
+  for (int64_t w = 0; w < p.W; ++w) {
+    uint64_t high = 0, low = 0;
+    for (int c = 0; c < C; ++c) {
+      const float v = x[c * p.c_stride + w * w_stride];
+      const uint16_t upper = float_to_bf16(v);
+      high |= static_cast<uint64_t>(upper) << (16 * c);
+      low |= static_cast<uint64_t>(float_to_bf16(v - bf16_to_float(upper))) << (16 * c);
+    }
+    p.to[w] = high;
+    p.low[w] = low;
+    found |= (high & kExponents) + kOnes;
+  }
+  return found & kSigns;
+}
+
 // With the usual stride known, compilers vectorise.
 template <int C>
 RESNET_FUSED_INLINE bool pack_any(const PackPixelsParams& p) {
+  if (p.split) return (p.w_stride == 1 ? split_line<C>(p, 1) : split_line<C>(p, p.w_stride)) == 0;
   return (p.w_stride == 1 ? pack_line<C>(p, 1) : pack_line<C>(p, p.w_stride)) == 0;
 }
 
