@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -34,7 +35,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except Exception as error:
         return None, f"the compiled library does not load with torch {torch.__version__}: {error}"
     library.resnet_fused_build_info.restype = ctypes.c_char_p
-    library.resnet_fused_pack_drop.argtypes = [ctypes.c_void_p]
+    for name in ("drop", "watched"):
+        getattr(library, f"resnet_fused_pack_{name}").argtypes = [ctypes.c_void_p]
     for name in ("pack_count", "pack_bytes", "pool_bytes"):
         getattr(library, f"resnet_fused_{name}").restype = ctypes.c_int64
     if hasattr(library, "resnet_fused_cuda_error_text"):
@@ -84,8 +86,8 @@ def cuda() -> bool:
 
 
 def set_batch_invariant(on: bool) -> None:
-    """Tell the CUDA kernels, if there are any, whether sums may be ordered by the batch."""
-    if _library is not None and _build.get("nvcc"):
+    """Tell the ops whether the order of sums may depend on the batch."""
+    if _library is not None:
         _library.resnet_fused_set_batch_invariant(int(on))
 
 
@@ -161,9 +163,10 @@ def gpu_problem(index: int) -> str:
 
 
 # Packed weights live in the library, keyed by the address of the weight they were made from. When
-# that memory dies they must go too, or a long-running process would collect those of dead models.
-# The storage is watched, not the tensor: a parameter gets new storage by `.half()` and the like,
-# and torch.utils.swap_tensors refuses tensors that someone watches.
+# that memory dies they must go too, or a long-running process would collect those of dead models;
+# until it is watched, the library keeps the memory. The storage is watched, not the tensor: a
+# parameter gets new storage by `.half()` and the like, and torch.utils.swap_tensors refuses tensors
+# that someone watches.
 _seen = 0
 _watched: set[int] = set()
 
@@ -181,6 +184,25 @@ def watch(*weights: Tensor | None) -> None:
         return
     _seen = count
     for weight in weights:
-        if weight is not None and (address := weight.data_ptr()) not in _watched:
+        if weight is None:
+            continue
+        if (address := weight.data_ptr()) not in _watched:
             _watched.add(address)
             weakref.finalize(weight.untyped_storage(), _forget, address).atexit = False
+        _library.resnet_fused_pack_watched(address)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Drop the packings of what an optimizer of ``fused=True`` changed.
+
+    Its kernels leave the version of a tensor as it was, and small steps most 16-bit weights.
+    """
+    if _library is None:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            if type(p) is torch.nn.Parameter and p.device.type == "cpu":
+                _library.resnet_fused_pack_drop(p.data_ptr())
+
+
+register_optimizer_step_post_hook(_after_step)

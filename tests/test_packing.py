@@ -15,6 +15,7 @@ import resnet_fused
 from harness.case import Source
 from resnet_fused import _extension
 from resnet_fused.ops import ConvBN
+from resnet_fused.ops import conv_bn as cb
 
 FIELDS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 CHANGES: dict[str, Callable[[Tensor], object]] = {
@@ -55,6 +56,25 @@ def test_any_change_counts_at_the_next_call(
             assert not torch.equal(before, after), field
 
 
+@pytest.mark.parametrize("path", ["auto", "onednn", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fused_optimizers_step_counts(dtype: torch.dtype, path: str, force_path: Any) -> None:
+    """Breaks if a step that autograd takes no note of is missed: those of ``fused=True``, which in
+    16 bits leave most weights as they are; here, all but one.
+    """
+    s = Source(dtype)
+    x, conv = s.image(1, 64, 6, 6), s.conv(64, 64, 3)
+    weight = torch.nn.Parameter(conv.weight)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[5, 6, 1, 1] = 1
+    conv, adam = conv._replace(weight=weight), torch.optim.Adam([weight], lr=1.0, fused=True)
+    with torch.no_grad(), force_path(path):
+        before = resnet_fused.conv_bn_act(x, conv, relu=False)
+        adam.step()
+        assert weight._version == 0, "torch counts such steps now: nothing need be done for them"
+        assert not torch.equal(resnet_fused.conv_bn_act(x, conv, relu=False), before)
+
+
 def test_a_surgical_edit_behind_autograds_back_is_the_documented_limit() -> None:
     """``.data`` edits have no version; whole tensors are noticed (above), one element need not be.
 
@@ -67,6 +87,50 @@ def test_a_surgical_edit_behind_autograds_back_is_the_documented_limit() -> None
     assert torch.equal(resnet_fused.conv_bn_act(x, conv), before)
     conv.weight.mul_(1)  # any tracked update brings it in
     assert not torch.equal(resnet_fused.conv_bn_act(x, conv), before)
+
+
+def test_a_filter_edited_behind_autograds_back_is_mostly_noticed() -> None:
+    """Breaks if fewer bytes of a weight are looked at than lie in the cache lines that are read."""
+    s = Source(torch.bfloat16)
+    x, noticed = s.image(1, 64, 6, 6), 0
+    for _ in range(40):
+        conv = s.conv(64, 64, 3)
+        before = resnet_fused.conv_bn_act(x, conv)
+        # What FSDP2's gathering does: 1 % of the elements, and no version counts it.
+        edited = torch.rand(conv.weight.shape, generator=s.generator) < 0.01
+        conv.weight.data[edited] += 1
+        noticed += not torch.equal(resnet_fused.conv_bn_act(x, conv), before)
+    assert noticed >= 36
+
+
+def test_no_weight_comes_to_lie_where_a_packed_one_died() -> None:
+    """Breaks if a packing outlives the weight it was made from where nobody watches that, as in
+    compiled code: the next model may lie there, and differ in elements that are not looked at.
+    """
+    library = _extension._library
+    assert library is not None
+    gc.collect()
+    before = library.resnet_fused_pack_bytes()
+    s = Source(torch.bfloat16)
+    x, base = s.image(1, 64, 6, 6), s.conv(64, 64, 3)
+    op = torch.ops.resnet_fused.conv_bn_act.default
+    for k in range(64):
+        weight = base.weight.clone()
+        weight[k, 3, 1, 1] += 4
+        conv = base._replace(weight=weight)
+        got = op(x, *cb.flatten(conv), None, False)
+        want = _expect(x, conv)
+        assert (got.float() - want).abs().max() < 0.03 * want.abs().max(), k
+        del weight, conv
+    held = library.resnet_fused_pack_bytes() - before
+    assert held == 64 * 2 * base.weight.numel() * 2, "packings and weights are kept, and counted"
+    # Whoever calls the function with such a weight has it watched.
+    weight = base.weight.clone()
+    op(x, *cb.flatten(base._replace(weight=weight)), None, False)
+    resnet_fused.conv_bn_act(x, base._replace(weight=weight))
+    del weight
+    gc.collect()
+    assert library.resnet_fused_pack_bytes() - before == held
 
 
 def test_geometry_is_part_of_the_key() -> None:

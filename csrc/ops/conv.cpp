@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "conv.h"
 
+#include <atomic>
+
 #include "../kernels/conv_bn_act.h"
 #include "conv_plan.h"
 #include "conv_runner.h"
 
 namespace resnet_fused {
 namespace {
+
+std::atomic<bool> invariant{false};
 
 bool is_channels_last(const Tensor& t) {
   const Sizes want = channels_last_strides(t.shape());
@@ -42,6 +46,8 @@ double relu_max_abs(Tensor& t) {
 }
 
 }  // namespace
+
+bool batch_invariant() { return invariant.load(std::memory_order_relaxed); }
 
 Tensor to_channels_last(const Tensor& x) {
   if (is_channels_last(x)) {
@@ -95,6 +101,8 @@ Tensor run_dense(const Chain& chain, const Tensor& x, const Tensor& residual, bo
   const int64_t N = x.size(0);
   std::vector<ConvRunner> runners;
   Sizes sizes = x.shape();
+  if (batch_invariant()) sizes[0] = 1;  // oneDNN's layouts may depend on it
+  const Sizes in = sizes;
   int64_t most = 0;  // elements per image of the largest input and output pair
   for (const Conv& conv : chain.convs) {
     runners.emplace_back(conv, sizes, dtype, bf16x3);
@@ -102,9 +110,10 @@ Tensor run_dense(const Chain& chain, const Tensor& x, const Tensor& residual, bo
     most = std::max(most, sizes[1] * sizes[2] * sizes[3] + next[1] * next[2] * next[3]);
     sizes = next;
   }
-  const Sizes out_sizes = sizes;
+  Sizes out_sizes = sizes;
+  out_sizes[0] = N;
   std::vector<ConvRunner> project;
-  if (chain.downsample.present()) project.emplace_back(chain.downsample, x.shape(), dtype, bf16x3);
+  if (chain.downsample.present()) project.emplace_back(chain.downsample, in, dtype, bf16x3);
 
   const auto on_tiles = [](const ConvRunner& r) { return r.on_tiles(); };
   if (std::all_of(runners.begin(), runners.end(), on_tiles) &&
@@ -124,7 +133,8 @@ Tensor run_dense(const Chain& chain, const Tensor& x, const Tensor& residual, bo
 
   uint32_t threads = 1;
   check_torch(torch_get_num_threads(&threads), "thread count");
-  const int64_t piece = images_per_piece(N, most * item_size(dtype), threads);
+  const int64_t piece =
+      batch_invariant() ? 1 : images_per_piece(N, most * item_size(dtype), threads);
   // A chain in one piece needs no output of its own: the last convolution's is the result.
   Tensor y = piece < N ? empty_channels_last(out_sizes, dtype, x) : Tensor();
   Tensor last;
@@ -171,3 +181,7 @@ Tensor run_chain(const Chain& chain) {
 }
 
 }  // namespace resnet_fused
+
+void resnet_fused_set_batch_invariant(int on) {
+  resnet_fused::invariant.store(on != 0, std::memory_order_relaxed);
+}

@@ -57,7 +57,17 @@ Sizes check_chain(const Chain& chain);
 // The chain's result in channels_last.
 Tensor run_chain(const Chain& chain);
 
+// Whether an image's result may not depend on the images beside it. oneDNN promises no such thing,
+// so that it then gets them one by one.
+bool batch_invariant();
+
 // x as dense NHWC of its own dtype: x itself if it is that already.
 Tensor to_channels_last(const Tensor& x);
 
 }  // namespace resnet_fused
+
+extern "C" {
+// What batch_invariant() says, on a GPU too: there the order of every sum then follows from the
+// layer alone.
+__attribute__((visibility("default"))) void resnet_fused_set_batch_invariant(int on);
+}

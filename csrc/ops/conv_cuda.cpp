@@ -10,7 +10,6 @@
 namespace resnet_fused {
 namespace {
 
-std::atomic<bool> batch_invariant{false};
 std::atomic<MmaConvPlan> forced_plan{MmaConvPlan{-1, 1}};
 
 // K values: where they are, if a kernel can read them there, else as a dense fp32 copy.
@@ -74,7 +73,7 @@ Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, cons
   Tensor out = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
   p.out = out.mutable_data();
   p.plan = forced_plan;
-  if (!plan_fits(p)) p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant);
+  if (!plan_fits(p)) p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant());
   const int64_t bytes = mma_conv_workspace(p);
   Tensor workspace;
   if (bytes > 0) {
@@ -121,8 +120,6 @@ Tensor run_chain_cuda(const Chain& chain) {
 }
 
 }  // namespace resnet_fused
-
-void resnet_fused_set_batch_invariant(int on) { resnet_fused::batch_invariant = on != 0; }
 
 void resnet_fused_force_mma_plan(int tile, int splits) {
   resnet_fused::forced_plan = resnet_fused::MmaConvPlan{tile, splits};

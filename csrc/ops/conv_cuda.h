@@ -23,10 +23,6 @@ BatchNorm batch_norm(const Conv& conv, std::vector<Tensor>& copies);
 }  // namespace resnet_fused
 
 extern "C" {
-// Whether the order of every sum on a GPU follows from the layer alone (1), or from the batch as
-// well (0).
-__attribute__((visibility("default"))) void resnet_fused_set_batch_invariant(int on);
-
 // For tests: the plan of every convolution on a GPU that it can make; others get the automatic
 // plan, as all do once the tile is -1. Tiles and splits are those of kernels/cuda/conv_plan.h.
 __attribute__((visibility("default"))) void resnet_fused_force_mma_plan(int tile, int splits);

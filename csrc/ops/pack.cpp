@@ -36,6 +36,11 @@ struct Entry {
   int new_calls = 0;                        // with it, running
   int64_t bytes = 0;
   uint64_t last_use = 0;
+  Tensor held;  // the weight's memory, while nobody watches it
+
+  int64_t held_bytes() const {
+    return held.defined() ? held.numel() * item_size(dtype_of(held)) : 0;
+  }
 };
 
 struct Key {
@@ -231,22 +236,34 @@ std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, boo
   return packed;
 }
 
-void erase(Cache& c, const Key& key) {
+constexpr Form kForms[] = {Form::folded_f32,   Form::folded_bf16, Form::tiles,
+                           Form::tile_windows, Form::split_tiles, Form::split_windows};
+
+// Tensors that must die behind the lock: freeing memory may call Python, and Python drop a packing.
+using Dead = std::vector<Tensor>;
+
+void let_go(Cache& c, Entry& e, Dead& dead) {
+  c.bytes -= e.held_bytes();
+  if (e.held.defined()) dead.push_back(std::move(e.held));
+}
+
+void erase(Cache& c, const Key& key, Dead& dead) {
   auto found = c.entries.find(key);
   if (found == c.entries.end()) return;
+  let_go(c, found->second, dead);
   c.bytes -= found->second.bytes;
   c.entries.erase(found);
 }
 
 // Drop the longest unused entries until the cache fits, but never `keep`.
-void shrink(Cache& c, const Key& keep) {
+void shrink(Cache& c, const Key& keep, Dead& dead) {
   while (c.bytes > capacity() && c.entries.size() > 1) {
     auto oldest = c.entries.end();
     for (auto e = c.entries.begin(); e != c.entries.end(); ++e) {
       if (e->first == keep) continue;
       if (oldest == c.entries.end() || e->second.last_use < oldest->second.last_use) oldest = e;
     }
-    erase(c, Key(oldest->first));
+    erase(c, Key(oldest->first), dead);
   }
 }
 
@@ -293,8 +310,12 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
   if (plain) height = width = 0;
   packings.fetch_add(1, std::memory_order_relaxed);
   const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 || is_split(form) ? 4 : 2);
+  Tensor held = view(conv.weight, conv.weight.shape(),
+                     Sizes(conv.weight.strides(), conv.weight.strides() + 4), 0);
+  Dead dead;
   std::lock_guard<std::mutex> lock(c.mutex);
   Entry& e = c.entries[key];
+  let_go(c, e, dead);
   if (e.stamp != stamp || e.layouts.size() >= kLayouts) {
     // Other weights now, or more sizes than are worth keeping: start over.
     c.bytes -= e.bytes;
@@ -304,8 +325,9 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
   e.layouts.push_front({height, width, packed});
   e.bytes += bytes;
   e.last_use = ++c.clock;
-  c.bytes += bytes;
-  shrink(c, key);
+  e.held = std::move(held);
+  c.bytes += bytes + e.held_bytes();
+  shrink(c, key, dead);
   return packed;
 }
 
@@ -314,10 +336,20 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
 void resnet_fused_pack_drop(const void* weight) {
   using namespace resnet_fused;
   Cache& c = cache();
+  Dead dead;
   std::lock_guard<std::mutex> lock(c.mutex);
-  for (Form form : {Form::folded_f32, Form::folded_bf16, Form::tiles, Form::tile_windows,
-                    Form::split_tiles, Form::split_windows})
-    erase(c, {weight, form});
+  for (Form form : kForms) erase(c, {weight, form}, dead);
+}
+
+void resnet_fused_pack_watched(const void* weight) {
+  using namespace resnet_fused;
+  Cache& c = cache();
+  Dead dead;
+  std::lock_guard<std::mutex> lock(c.mutex);
+  for (Form form : kForms) {
+    const auto found = c.entries.find({weight, form});
+    if (found != c.entries.end()) let_go(c, found->second, dead);
+  }
 }
 
 int64_t resnet_fused_pack_count() { return resnet_fused::packings.load(std::memory_order_relaxed); }

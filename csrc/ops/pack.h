@@ -6,6 +6,10 @@
 // values; a different stamp packs anew. In-place updates that torch tracks always count. Edits
 // behind its back (`.data`) of whole tensors are noticed through the samples. Inference tensors
 // have no version counter and are hashed whole.
+//
+// An entry goes when its weight dies, which Python tells; until it has said that it will (compiled
+// code never does), the entry keeps the weight's memory, so that no other weight comes to lie
+// there.
 #pragma once
 
 #include <limits>
@@ -39,8 +43,10 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
 extern "C" {
 // Drop what is packed of the weight at this address.
 __attribute__((visibility("default"))) void resnet_fused_pack_drop(const void* weight);
+// The weight at this address will be dropped when its memory is freed.
+__attribute__((visibility("default"))) void resnet_fused_pack_watched(const void* weight);
 // Counts packings since the library was loaded.
 __attribute__((visibility("default"))) int64_t resnet_fused_pack_count();
-// Bytes that packed weights hold now.
+// Bytes that packed weights take now.
 __attribute__((visibility("default"))) int64_t resnet_fused_pack_bytes();
 }

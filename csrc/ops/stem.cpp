@@ -28,10 +28,13 @@ void convolve_and_pool(const Conv& conv, const Tensor& any_x, bool bf16x3, const
   const DType dtype = dtype_of(x);
   const Sizes sizes = conv.out_sizes(x.shape());
   const int64_t N = sizes[0], K = sizes[1], H = sizes[2], W = sizes[3];
-  const ConvRunner runner(conv, x.shape(), dtype, bf16x3);
+  Sizes in = x.shape();
+  if (batch_invariant()) in[0] = 1;
+  const ConvRunner runner(conv, in, dtype, bf16x3);
   uint32_t threads = 1;
   check_torch(torch_get_num_threads(&threads), "thread count");
-  const int64_t piece = images_per_piece(N, K * H * W * item_size(dtype), threads);
+  const int64_t piece =
+      batch_invariant() ? 1 : images_per_piece(N, K * H * W * item_size(dtype), threads);
   for (int64_t n = 0; n < N; n += piece) {
     const int64_t count = std::min(piece, N - n);
     const Tensor h = runner(images(x, n, count), Tensor(), false, Tensor(), kUnbounded);

@@ -71,11 +71,12 @@ uint64_t hash_cpu(const void* data, size_t bytes, uint64_t seed) {
 }
 
 uint64_t sample_hash_cpu(const void* data, size_t bytes, int samples, uint64_t seed) {
-  if (bytes <= static_cast<size_t>(samples) * 8) return hash_cpu(data, bytes, seed);
+  constexpr size_t kLine = 64;  // a cache miss is paid for: all of it may as well be read
+  const size_t lines = bytes / kLine, count = static_cast<size_t>(samples);
+  if (lines <= count) return hash_cpu(data, bytes, seed);
   const auto* p = static_cast<const unsigned char*>(data);
-  const size_t step = (bytes - 8) / static_cast<size_t>(samples);
   uint64_t hash = seed;
-  for (int i = 0; i < samples; ++i) hash = mix(hash, load(p + static_cast<size_t>(i) * step, 8));
+  for (size_t i = 0; i < count; ++i) hash = hash_cpu(p + i * lines / count * kLine, kLine, hash);
   return hash;
 }
 
