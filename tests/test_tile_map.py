@@ -15,7 +15,7 @@ from source_tree import ROOT
 
 CSRC = ROOT / "csrc"
 KERNELS = ("tile_pack", "tile_conv_portable", "tile_conv_amx")
-FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def compiler() -> str:
@@ -53,8 +53,8 @@ def test_random_shapes(objects: list[str], tmp_path: Path) -> None:
     lines are said to be complete before they are.
     """
     program = driver(objects, CSRC / "ops/tile_map.cpp", tmp_path)
-    for seed in range(3):
-        done = run(program, seed, 150, True)
+    for seed in range(2):
+        done = run(program, seed, 120, True)
         assert done.returncode == 0, done.stdout + done.stderr[-1500:]
 
 

@@ -9,9 +9,11 @@
 // filters, and a k-step is 32 channels of one tap. For each tap the rows of a tile of 16 lie at
 // constant distances, `row_bytes`; where each tile begins, and which output pixel each row is, say
 // two tables (ops/tile_map.h makes them). So the input may be a dense tensor (1x1 convolutions), or
-// planes: zero-padded, channels padded to a multiple of 32, and split by the stride's phases, so
-// that within a plane the convolution has stride 1. And the output may be written as the planes
-// that the next convolution wants.
+// planes: zero-padded, in chunks of 32 channels, and divided by the stride's phases, so that within
+// a plane the convolution has stride 1. And the output may be written as the planes that the next
+// convolution wants. In a chunk the pixels follow each other without gaps, 64 bytes each: a tile is
+// 1 KB of consecutive memory wherever it begins, which caches and prefetchers like: 3x3
+// convolutions take 10 to 20 % less time than with all channels of a pixel together.
 //
 // Tiles multiply bf16. fp32 is multiplied as bf16x3: a value is split into the bf16 nearest to it,
 // and the bf16 nearest to what that leaves, v = high + low, which keeps 16 of its 24 bits; and
@@ -20,8 +22,7 @@
 //
 // each product exact and summed in fp32. What is missing is below 3 * 2^-16 of |x * w|: 2^-16 for
 // either factor, and low(x) * low(w). Three times the products of bf16, five times fewer cycles
-// than fp32 multiply-adds. Split activations have the upper halves of a pixel's 32 channels, then
-// the lower: 128 bytes, as many as the fp32 values.
+// than fp32 multiply-adds. Split activations have planes of upper halves and planes of lower ones.
 #pragma once
 
 #include "dtype.h"
@@ -56,10 +57,11 @@ struct TileConvParams {
   // A second convolution whose result is added, or null: its input, k-steps, weight, scale and
   // shift. Its rows are those of this one: the same tiles, the same places. No residual then.
   const TileConvParams* project;
-  void* out;  // [pixels, pitch]
-  int64_t K, pitch;
-  bool whole;  // an operand of the next convolution: pitch is a multiple of 32, zeros are written
-               // behind K, and fp32 is split
+  void* out;
+  int64_t K;
+  int64_t pixel_bytes, panel_bytes;  // of out: from a pixel, from 32 filters to the next
+  int64_t out_low_bytes;             // split and whole: from upper halves to lower ones
+  bool whole;  // an operand of the next convolution: zeros are written behind K, and fp32 is split
   bool relu;
   const unsigned char* ahead;  // memory that is needed later, to be fetched into L2 meanwhile
   int64_t ahead_bytes;
@@ -77,14 +79,16 @@ bool tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t 
 bool tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                         int64_t n_end);
 
-// `count` pixels of C channels, `from_step` pixels apart, to pixels of `channels` channels (a
-// multiple of 32), `to_step` apart; zeros behind C. bf16, or fp32 that is split on the way.
+// `count` pixels of C channels to chunks of 32 channels, with zeros behind C. bf16, or fp32 that is
+// split on the way.
 struct CopyPixelsParams {
-  const void* from;
-  void* to;
-  int64_t count, C, channels;
-  int64_t from_step, to_step;
+  const unsigned char* from;
+  unsigned char* to;
+  int64_t count, C;
+  int64_t from_bytes, to_bytes;  // from a pixel to the next
+  int64_t chunk_bytes;           // from a chunk to the next
   bool split;
+  int64_t low_bytes;  // split: from upper halves to lower ones
 };
 void copy_pixels_amx(const CopyPixelsParams& p);
 void copy_pixels_portable(const CopyPixelsParams& p);

@@ -48,13 +48,15 @@ TileProgram::TileProgram(const std::vector<TileStep>& steps, const TileStep* pro
   K_ = steps.back().conv->channels();
   for (size_t i = 0; i < steps.size(); ++i) {
     const bool last = i + 1 == steps.size();
-    Stage& s =
+    const Stage& s =
         add(steps[i], layouts[i], last ? nullptr : &layouts[i + 1], i == 0, last ? relu : true);
-    if (!last) {
-      s.p.whole = true;
-      s.p.pitch = round_up(s.p.K, kTileN);
-      s.target = scratch_;  // where the next stage's input will be
-    }
+    if (i == 0) continue;
+    Stage& before = stages_[i - 1];
+    before.target = s.source;
+    before.p.whole = true;
+    before.p.pixel_bytes = s.p.row_bytes;
+    before.p.panel_bytes = s.chunk_bytes;
+    before.p.out_low_bytes = s.p.low_bytes;
   }
   steps_ = stages_.size();
   if (project != nullptr) add_projection(*project);
@@ -85,9 +87,13 @@ int64_t TileProgram::blocks() const {
 void TileProgram::prepare(unsigned char* scratch) const {
   for (const Stage& s : stages_) {
     if (s.projects) continue;
-    for (const Hole& h : s.map->holes)
-      std::memset(scratch + s.source + h.first * s.p.row_bytes, 0,
-                  static_cast<size_t>(h.count * s.p.row_bytes));
+    const int64_t planes = s.channels / kTileK * (split_ ? 2 : 1);
+    for (int64_t i = 0; i < planes; ++i) {
+      unsigned char* plane = scratch + s.source + i * s.p.low_bytes;
+      for (const Hole& h : s.map->holes)
+        std::memset(plane + h.first * s.p.row_bytes, 0,
+                    static_cast<size_t>(h.count * s.p.row_bytes));
+    }
   }
 }
 
@@ -150,10 +156,10 @@ Stage& TileProgram::add(const TileStep& step, const TileLayout& layout, const Ti
   s.layout = layout;
   if (reads_x) s.input = Input::copied;
   if (in_place) s.input = split_ ? Input::copied_by_rows : Input::in_place;
-  add_steps(s, s.map->taps);
   s.p.relu = relu;
+  s.p.steps = s.channels / kTileK * static_cast<int64_t>(s.map->taps.size());
   s.p.filters_inside = filters_inside(s.p.steps, s.p.split, s.p.K);
-  place(s);
+  place(s, s.map->taps);
   return s;
 }
 
@@ -163,14 +169,14 @@ void TileProgram::add_projection(const TileStep& step) {
   Stage& s = begin(step, stages_[steps_ - 1].map);
   s.layout = rows;
   s.projects = true;
-  add_steps(s, {0});
+  s.p.steps = s.channels / kTileK;
   const bool dense = rows.dense && !rows.inner && step.conv->weight.size(1) % kTileK == 0;
   const bool in_place =
       dense && !split_ && stride[0] == 1 && stride[1] == 1 && rows.pixels() % kTileM == 0;
   s.input = in_place ? Input::in_place : Input::copied;
   s.stride[0] = stride[0];
   s.stride[1] = stride[1];
-  place(s);
+  place(s, {0});
 }
 
 Stage& TileProgram::begin(const TileStep& step, std::shared_ptr<const TileMap> map) {
@@ -179,27 +185,31 @@ Stage& TileProgram::begin(const TileStep& step, std::shared_ptr<const TileMap> m
   s.map = std::move(map);
   s.channels = round_up(step.conv->weight.size(1), kTileK);
   s.p.split = split_;
-  s.p.row_bytes = item_ * s.channels;
-  s.p.low_bytes = 2 * kTileK;
   s.p.weight = static_cast<const uint16_t*>(step.packed->weight.data());
   s.p.scale = step.affine->scale.data();
   s.p.shift = step.affine->shift.data();
-  s.p.K = s.p.pitch = step.conv->channels();
+  s.p.K = step.conv->channels();
+  s.p.pixel_bytes = s.p.K * item_;
+  s.p.panel_bytes = kTileN * item_;
   return s;
 }
 
-void TileProgram::add_steps(Stage& s, const std::vector<int64_t>& taps) {
-  for (int64_t c = 0; c < s.channels; c += kTileK) {
-    for (int64_t tap : taps) s.step_bytes.push_back(tap * s.p.row_bytes + c * item_);
+void TileProgram::place(Stage& s, const std::vector<int64_t>& taps) {
+  if (s.input == Input::in_place) {
+    s.p.row_bytes = s.pixel_bytes();
+    s.chunk_bytes = kTileK * item_;
+  } else {
+    s.p.row_bytes = 2 * kTileK;
+    // An odd number of cache lines: what is read together shall not meet in L1's sets.
+    s.p.low_bytes = (s.rows() | 1) * s.p.row_bytes;
+    s.chunk_bytes = s.p.low_bytes * (split_ ? 2 : 1);
   }
-  s.p.steps = static_cast<int64_t>(s.step_bytes.size());
-}
-
-void TileProgram::place(Stage& s) {
+  for (int64_t c = 0; c < s.channels / kTileK; ++c) {
+    for (int64_t tap : taps) s.step_bytes.push_back(tap * s.p.row_bytes + c * s.chunk_bytes);
+  }
   if (s.input == Input::in_place || s.input == Input::copied_by_rows) return;
   s.source = scratch_;
-  // Not a multiple of 4 KB: buffers that are read together shall not meet in L1's sets.
-  scratch_ += round_up(s.input_bytes(), 4096) + 320;
+  scratch_ += s.channels / kTileK * s.chunk_bytes;
 }
 
 int64_t TileProgram::copied_lines(const Stage& s) const {
@@ -209,14 +219,16 @@ int64_t TileProgram::copied_lines(const Stage& s) const {
 void TileProgram::copy(const Stage& s, const Operands& at, int64_t n, unsigned char* scratch,
                        int64_t begin, int64_t end, const TileKernels& kernels) const {
   const TileLayout& l = s.layout;
-  const int64_t W = size_[1], step = l.inner ? images_ : 1, lines = copied_lines(s) / images_;
+  const int64_t W = size_[1], pixel = C_ * item_, lines = copied_lines(s) / images_;
+  const int64_t step = (l.inner ? images_ : 1) * s.p.row_bytes;
   unsigned char* to = scratch + s.source;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t g = i / lines, y = i % lines;
-    const unsigned char* image = at.x + (n + g) * size_[0] * W * C_ * item_;
+    const unsigned char* image = at.x + (n + g) * size_[0] * W * pixel;
     if (s.projects) {
-      kernels.copy({image + y * s.stride[0] * W * C_ * item_, to + l.row(g, y, 0) * s.p.row_bytes,
-                    l.window.out[1], C_, s.channels, s.stride[1], step, split_});
+      kernels.copy({image + y * s.stride[0] * W * pixel, to + l.row(g, y, 0) * s.p.row_bytes,
+                    l.window.out[1], C_, s.stride[1] * pixel, step, s.chunk_bytes, split_,
+                    s.p.low_bytes});
       continue;
     }
     const int64_t stride = l.dense ? 1 : l.window.stride[1];
@@ -225,8 +237,8 @@ void TileProgram::copy(const Stage& s, const Operands& at, int64_t n, unsigned c
       if (first < 0) continue;
       int64_t count = (W - x + stride - 1) / stride;
       if (!l.dense) count = std::min(count, l.planes.width - (x + l.window.padding[1]) / stride);
-      kernels.copy({image + (y * W + x) * C_ * item_, to + first * s.p.row_bytes, count, C_,
-                    s.channels, stride, step, split_});
+      kernels.copy({image + (y * W + x) * pixel, to + first * s.p.row_bytes, count, C_,
+                    stride * pixel, step, s.chunk_bytes, split_, s.p.low_bytes});
     }
   }
 }
@@ -262,7 +274,9 @@ bool TileProgram::sweep(const Stage& s, TileConvParams p, int64_t begin, int64_t
     if (s.input == Input::copied_by_rows) {
       const auto tiles = std::minmax_element(p.tiles + 2 * b, p.tiles + 2 * e);
       const int64_t first = *tiles.first, count = *tiles.second + kTileRows - first;
-      kernels.copy({x + first * p.row_bytes, rows, count, s.channels, s.channels, 1, 1, p.split});
+      const int64_t pixel = s.pixel_bytes();
+      kernels.copy({x + first * pixel, rows, count, s.channels, pixel, p.row_bytes, s.chunk_bytes,
+                    p.split, p.low_bytes});
       p.a = rows - first * p.row_bytes;
     }
     finite = kernels.conv(p, b, e, n_begin, n_end) && finite;

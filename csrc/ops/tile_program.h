@@ -21,7 +21,8 @@ struct Stage {
   TileLayout layout{};
   std::shared_ptr<const TileMap> map;
   std::vector<int64_t> step_bytes;
-  int64_t channels = 0;  // of an input pixel
+  int64_t channels = 0;     // of an input pixel, a multiple of 32
+  int64_t chunk_bytes = 0;  // of the input: from 32 channels to the next
   Input input = Input::written;
   bool projects = false;            // the projection, a part of the last convolution's stage
   int64_t source = 0, target = -1;  // in scratch; a target of -1 is the output
@@ -29,17 +30,21 @@ struct Stage {
 
   int64_t weight_bytes() const { return p.steps * kTileK * panels() * kTileN * (p.split ? 4 : 2); }
   int64_t panels() const { return round_up(p.K, kTileN) / kTileN; }
-  int64_t input_bytes() const { return map->rows * p.row_bytes; }
+  int64_t pixel_bytes() const { return channels * (p.split ? 4 : 2); }
+  int64_t input_bytes() const { return map->rows * pixel_bytes(); }
+  // Rows of the input that there are at a time.
+  int64_t rows() const {
+    return input == Input::copied_by_rows ? std::min(most_blocks(), map->blocks()) * kTileM
+                                          : map->rows;
+  }
   // Blocks of rows that go through the panels together: so many that their input stays in L2.
   int64_t most_blocks() const {
-    const int64_t fit = tile_input_bytes(weight_bytes()) / (kTileM * p.row_bytes);
+    const int64_t fit = tile_input_bytes(weight_bytes()) / (kTileM * pixel_bytes());
     if (!p.filters_inside) return std::max<int64_t>(fit, 2);
     return input == Input::copied_by_rows ? std::max<int64_t>(fit / 2, 1) : map->blocks();
   }
   int64_t copied_rows_bytes() const {
-    return input == Input::copied_by_rows
-               ? round_up(std::min(most_blocks(), map->blocks()) * kTileM * p.row_bytes, 4096)
-               : 0;
+    return input == Input::copied_by_rows ? chunk_bytes * (channels / kTileK) : 0;
   }
 };
 
@@ -84,10 +89,9 @@ class TileProgram {
   // pixels lie, or is x itself if that is the same.
   void add_projection(const TileStep& step);
   Stage& begin(const TileStep& step, std::shared_ptr<const TileMap> map);
-  // The k-steps of a stage whose taps are so many rows from a row.
-  void add_steps(Stage& s, const std::vector<int64_t>& taps);
-  // Gives a stage that does not read x itself its place in scratch.
-  void place(Stage& s);
+  // Where a stage's input lies, given its map, and so its k-steps, whose taps are so many rows from
+  // a row.
+  void place(Stage& s, const std::vector<int64_t>& taps);
   int64_t copied_lines(const Stage& s) const;
   // Lines [begin, end) of the group's images to a stage's input: lines of x, of a projection those
   // that it reads.

@@ -61,7 +61,9 @@ class TileStem {
     p_.weight = static_cast<const uint16_t*>(packed.weight.data());
     p_.scale = affine.scale.data();
     p_.shift = affine.shift.data();
-    p_.K = p_.pitch = K_;
+    p_.K = K_;
+    p_.pixel_bytes = K_ * item_;
+    p_.panel_bytes = kTileN * item_;
     p_.filters_inside = true;
     constexpr int64_t kStripBytes = int64_t{256} << 10;
     strip_ = std::max<int64_t>(kStripBytes / (2 * line_bytes()), 1);

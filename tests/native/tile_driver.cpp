@@ -32,40 +32,54 @@ float number(uint16_t value) {
   return f;
 }
 
-// Activations: bf16, or fp32 as it is or split.
+// Activations as the kernel reads and writes them: bf16 or fp32; a tensor, whose pixels have all
+// channels, or the operand of a convolution: chunks of 32 channels and, of fp32, planes of upper
+// and of lower halves.
 struct Values {
-  bool fp32, split;
+  bool fp32, operand;
   int64_t pixels, channels;
   std::unique_ptr<unsigned char[]> bytes{new unsigned char[static_cast<size_t>(size())]};
 
-  int64_t size() const { return pixels * channels * (fp32 ? 4 : 2); }
-  // Where a value is, or its upper half; the lower one is 64 bytes behind.
+  bool split() const { return fp32 && operand; }
+  int64_t item() const { return fp32 ? 4 : 2; }
+  int64_t size() const { return pixels * channels * item(); }
+  int64_t pixel_bytes() const { return operand ? 64 : channels * item(); }
+  int64_t low_bytes() const { return pixels * 64; }
+  int64_t chunk_bytes() const { return operand ? low_bytes() * (fp32 ? 2 : 1) : 32 * item(); }
+  // Where a value is, or its upper half.
   unsigned char* at(int64_t pixel, int64_t c) const {
-    unsigned char* first = bytes.get() + pixel * channels * (fp32 ? 4 : 2);
-    return split ? first + c / 32 * 128 + c % 32 * 2 : first + c * (fp32 ? 4 : 2);
+    return bytes.get() + pixel * pixel_bytes() + c / 32 * chunk_bytes() +
+           c % 32 * (split() ? 2 : item());
   }
   void set(int64_t pixel, int64_t c, int value) {
     const auto f = static_cast<float>(value);
-    if (fp32 && !split) {
+    if (fp32 && !operand) {
       std::memcpy(at(pixel, c), &f, 4);
       return;
     }
     uint16_t high = bf16(value), low = 0;
-    if (split) split_cpu(&f, &high, &low, 1);
+    if (fp32) split_cpu(&f, &high, &low, 1);
     std::memcpy(at(pixel, c), &high, 2);
-    if (split) std::memcpy(at(pixel, c) + 64, &low, 2);
+    if (fp32) std::memcpy(at(pixel, c) + low_bytes(), &low, 2);
   }
   int get(int64_t pixel, int64_t c) const {
-    float f;
+    float f = 0;
     uint16_t high, low = 0;
-    std::memcpy(&f, at(pixel, c), fp32 && !split ? 4 : 2);
+    if (fp32 && !operand) {
+      std::memcpy(&f, at(pixel, c), 4);
+      return static_cast<int>(f);
+    }
     std::memcpy(&high, at(pixel, c), 2);
-    if (split) std::memcpy(&low, at(pixel, c) + 64, 2);
-    return static_cast<int>(fp32 && !split ? f : number(high) + number(low));
+    if (fp32) std::memcpy(&low, at(pixel, c) + low_bytes(), 2);
+    return static_cast<int>(number(high) + number(low));
   }
-  // NaN in whichever form.
-  void poison(int64_t first, int64_t count, unsigned char value) {
-    std::memset(at(first, 0), value, static_cast<size_t>(size() / pixels * count));
+  // `count` pixels filled with a byte: NaN of either dtype, if that is 0xff.
+  void fill(int64_t first, int64_t count, unsigned char byte) {
+    for (int64_t c = 0; c < channels; c += operand ? 32 : channels) {
+      const auto run = static_cast<size_t>(count * pixel_bytes());
+      std::memset(at(first, c), byte, run);
+      if (split()) std::memset(at(first, c) + low_bytes(), byte, run);
+    }
   }
 };
 
@@ -81,10 +95,10 @@ std::vector<uint16_t> pack(const std::vector<int>& weight, bool split, int64_t K
   return packed;
 }
 
-std::vector<int64_t> steps(const std::vector<int64_t>& taps, int64_t channels, int64_t item) {
+std::vector<int64_t> steps(const std::vector<int64_t>& taps, const Values& x) {
   std::vector<int64_t> bytes;
-  for (int64_t c = 0; c < channels; c += kTileK) {
-    for (int64_t tap : taps) bytes.push_back((tap * channels + c) * item);
+  for (int64_t c = 0; c < x.channels; c += kTileK) {
+    for (int64_t tap : taps) bytes.push_back(x.at(tap, c) - x.bytes.get());
   }
   return bytes;
 }
@@ -117,7 +131,6 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   const TileMap map = make_tile_map(from, chained ? &to : nullptr, in_place);
 
   const bool split = pick(0, 1) == 1;
-  const int64_t item = split ? 4 : 2;
   const int64_t C = pick(1, 40), K = pick(1, 70), channels = round_up(C, kTileK);
   const int64_t taps = w.size[0] * w.size[1], pitch = chained ? round_up(K, kTileN) : K;
   // Split: one factor has lower halves, the other none, so that low * low is not missed.
@@ -125,10 +138,10 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   const auto value = [](bool wide, int64_t most) {
     return static_cast<int>(wide ? pick(-4100, 4100) : pick(-most, most));
   };
-  Values x{split, split, in_place ? from.pixels() : map.rows, channels};
+  Values x{split, split || !in_place, in_place ? from.pixels() : map.rows, channels};
   // Poison: what is neither image nor hole must not matter.
-  x.poison(0, x.pixels, 0xff);
-  for (const Hole& h : map.holes) x.poison(h.first, h.count, 0);
+  x.fill(0, x.pixels, 0xff);
+  for (const Hole& h : map.holes) x.fill(h.first, h.count, 0);
   std::vector<int> image(static_cast<size_t>(images * w.in[0] * w.in[1] * C));
   for (int64_t g = 0; g < images; ++g) {
     for (int64_t y = 0; y < w.in[0]; ++y) {
@@ -151,19 +164,19 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
     shift[k] = static_cast<float>(k % 5);
   }
   const int64_t pixels = chained ? to.pixels() : images * w.out[0] * w.out[1];
-  Values out{split, split && chained, pixels, pitch};
-  out.poison(0, pixels, 0x5a);
+  Values out{split, chained, pixels, pitch};
+  out.fill(0, pixels, 0x5a);
   Values residual{split, false, chained ? 0 : pixels, K};
   for (int64_t i = 0; i < residual.pixels; ++i) {
     for (int64_t k = 0; k < K; ++k) residual.set(i, k, static_cast<int>(pick(-9, 9)));
   }
-  const std::vector<int64_t> step_bytes = steps(map.taps, channels, item);
+  const std::vector<int64_t> step_bytes = steps(map.taps, x);
 
   TileConvParams p{};
   p.split = split;
   p.a = x.bytes.get();
-  p.row_bytes = channels * item;
-  p.low_bytes = 64;
+  p.row_bytes = x.pixel_bytes();
+  p.low_bytes = x.low_bytes();
   p.step_bytes = step_bytes.data();
   p.steps = static_cast<int64_t>(step_bytes.size());
   p.tiles = map.tiles.data();
@@ -174,19 +187,21 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
   p.residual = chained ? nullptr : residual.bytes.get();
   p.out = out.bytes.get();
   p.K = K;
-  p.pitch = pitch;
+  p.pixel_bytes = out.pixel_bytes();
+  p.panel_bytes = out.chunk_bytes();
+  p.out_low_bytes = out.low_bytes();
   p.whole = chained;
   p.relu = pick(0, 1) == 1;
   p.filters_inside = pick(0, 1) == 1;
   // A projection of other values at the same rows, instead of the residual.
   const bool projects = !chained && pick(0, 1) == 1;
   const int64_t C2 = pick(1, 40), channels2 = round_up(C2, kTileK);
-  Values x2{split, split, map.rows, channels2};
-  x2.poison(0, x2.pixels, 0xff);
+  Values x2{split, true, map.rows, channels2};
+  x2.fill(0, x2.pixels, 0xff);
   std::vector<int> image2(static_cast<size_t>(images * w.out[0] * w.out[1] * C2)), weight2;
   std::vector<uint16_t> packed2;
   std::vector<float> scale2(scale.size()), shift2(scale.size());
-  const std::vector<int64_t> step_bytes2 = steps({0}, channels2, item);
+  const std::vector<int64_t> step_bytes2 = steps({0}, x2);
   TileConvParams project = p;
   if (projects) {
     for (int64_t i = 0; i < images * w.out[0] * w.out[1]; ++i) {
@@ -205,7 +220,8 @@ bool right(const Window& w, int64_t images, bool inner, bool in_place, Kernel* k
       shift2[k] = static_cast<float>(k % 3);
     }
     project.a = x2.bytes.get();
-    project.row_bytes = channels2 * item;
+    project.row_bytes = x2.pixel_bytes();
+    project.low_bytes = x2.low_bytes();
     project.step_bytes = step_bytes2.data();
     project.steps = static_cast<int64_t>(step_bytes2.size());
     project.weight = packed2.data();

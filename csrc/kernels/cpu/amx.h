@@ -129,20 +129,27 @@ static RESNET_FUSED_ALWAYS __m512 widen(__m512i bits) {
 }
 
 // 32 values as 32 upper halves and 32 lower ones.
-static RESNET_FUSED_ALWAYS void store_split(__m512 v0, __m512 v1, unsigned char* to) {
+static RESNET_FUSED_ALWAYS void store_split(__m512 v0, __m512 v1, unsigned char* to,
+                                            int64_t low_bytes) {
   const auto high = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0));
   v0 = _mm512_sub_ps(v0, widen<0>(high));
   v1 = _mm512_sub_ps(v1, widen<16>(high));
   _mm512_storeu_si512(to, high);
-  _mm512_storeu_si512(to + 64, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0)));
+  _mm512_storeu_si512(to + low_bytes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0)));
 }
 
-// The same of the first `count` values at `from`, zeros behind them.
-static RESNET_FUSED_ALWAYS void split_32(const unsigned char* from, int64_t count,
-                                         unsigned char* to) {
+// The first `count` of 32 values at `from`, zeros behind them; fp32 is split.
+template <bool kSplit>
+static RESNET_FUSED_ALWAYS void copy_32(const unsigned char* from, int64_t count, unsigned char* to,
+                                        int64_t low_bytes) {
   const uint32_t mask = count >= 32 ? 0xffffffffu : (1u << count) - 1u;
-  store_split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from),
-              _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 64), to);
+  if (kSplit) {
+    store_split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from),
+                _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 64), to,
+                low_bytes);
+  } else {
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, from));
+  }
 }
 
 // BatchNorm of 32 filters as fp32 scale and shift.
@@ -169,7 +176,8 @@ struct Epilogue {
 
   // One pixel: 32 sums to 32 outputs.
   RESNET_FUSED_ALWAYS uint32_t operator()(const float* c, const float* projected,
-                                          const unsigned char* residual, unsigned char* out) const {
+                                          const unsigned char* residual, unsigned char* out,
+                                          int64_t low_bytes) const {
     const auto low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
     __m512 v0 = main.half(c, 0), v1 = main.half(c, 1);
     if (kAdd == Add::projected) {
@@ -197,7 +205,7 @@ struct Epilogue {
              _mm512_mask_fpclass_ps_mask(high, v1, kOdd);
     }
     if (kSplit) {
-      store_split(_mm512_maskz_mov_ps(low, v0), _mm512_maskz_mov_ps(high, v1), out);
+      store_split(_mm512_maskz_mov_ps(low, v0), _mm512_maskz_mov_ps(high, v1), out, low_bytes);
       return 0;
     }
     const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0));
@@ -248,13 +256,17 @@ struct Tiles {
   void store(float* c) const { std::memcpy(c, acc, sizeof(acc)); }
 };
 
-inline void split_32(const unsigned char* from, int64_t count, unsigned char* to) {
+template <bool kSplit>
+void copy_32(const unsigned char* from, int64_t count, unsigned char* to, int64_t low_bytes) {
   for (int64_t i = 0; i < 32; ++i) {
     float v = 0.0f;
-    if (i < count) std::memcpy(&v, from + 4 * i, 4);
-    const uint16_t high = float_to_bf16(v), low = float_to_bf16(v - bf16_to_float(high));
+    uint16_t high = 0;
+    if (kSplit && i < count) std::memcpy(&v, from + 4 * i, 4);
+    if (!kSplit && i < count) std::memcpy(&high, from + 2 * i, 2);
+    if (kSplit) high = float_to_bf16(v);
+    const uint16_t low = float_to_bf16(v - bf16_to_float(high));
     std::memcpy(to + 2 * i, &high, 2);
-    std::memcpy(to + 64 + 2 * i, &low, 2);
+    if (kSplit) std::memcpy(to + low_bytes + 2 * i, &low, 2);
   }
 }
 
@@ -269,7 +281,7 @@ struct Epilogue {
   const uint32_t mask;
 
   uint32_t operator()(const float* c, const float* projected, const unsigned char* residual,
-                      unsigned char* out) const {
+                      unsigned char* out, int64_t low_bytes) const {
     uint32_t odd = 0;
     for (int n = 0; n < 32; ++n) {
       const bool exists = (mask >> n & 1u) != 0;
@@ -288,7 +300,7 @@ struct Epilogue {
       }
       const uint16_t high = float_to_bf16(v), low = float_to_bf16(v - bf16_to_float(high));
       std::memcpy(out + 2 * n, &high, 2);
-      if (kSplit) std::memcpy(out + 64 + 2 * n, &low, 2);
+      if (kSplit) std::memcpy(out + low_bytes + 2 * n, &low, 2);
     }
     return odd;
   }

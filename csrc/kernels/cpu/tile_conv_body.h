@@ -47,8 +47,9 @@ struct Finisher {
   const int32_t *place, *end;
   const unsigned char* residual;
   unsigned char* out;
-  const int64_t K, pitch;  // in bytes
-  uint32_t odd = 0;        // not 0 if a result is NaN or infinite
+  const int64_t K, pixel_bytes;  // from a pixel to the next, of residual and out
+  const int64_t low_bytes;
+  uint32_t odd = 0;  // not 0 if a result is NaN or infinite
 
   RESNET_FUSED_ALWAYS Finisher(const TileConvParams& p, const Unfinished& block)
       : finish{Normed(p.scale + block.k, p.shift + block.k),
@@ -61,15 +62,17 @@ struct Finisher {
         end(block.places + (block.places == nullptr ? 0 : kTileM)),
         residual(kResidual ? static_cast<const unsigned char*>(p.residual) + block.k * kItem
                            : nullptr),
-        out(static_cast<unsigned char*>(p.out) + block.k * kItem),
+        out(static_cast<unsigned char*>(p.out) + block.k / kTileN * p.panel_bytes),
         K(p.K * kItem),
-        pitch(p.pitch * kItem) {}
+        pixel_bytes(p.pixel_bytes),
+        low_bytes(p.out_low_bytes) {}
   RESNET_FUSED_ALWAYS void rows(int64_t count) {
     const int32_t* stop = end - place < count ? end : place + count;
     for (; place < stop; ++place, c += kTileN, projected += kProjects ? kTileN : 0) {
       const int64_t pixel = *place;
       if (pixel < 0) continue;
-      odd |= finish(c, projected, kResidual ? residual + pixel * K : nullptr, out + pixel * pitch);
+      odd |= finish(c, projected, kResidual ? residual + pixel * K : nullptr,
+                    out + pixel * pixel_bytes, low_bytes);
     }
   }
   static RESNET_FUSED_ALWAYS uint32_t mask(int64_t columns) {
@@ -206,18 +209,15 @@ static bool tile_conv(const TileConvParams& p, int64_t begin, int64_t end, int64
 }
 
 static void copy_pixels(const CopyPixelsParams& p) {
-  const int64_t item = p.split ? 4 : 2, bytes = p.C * item;
-  const auto* from = static_cast<const unsigned char*>(p.from);
-  auto* to = static_cast<unsigned char*>(p.to);
   for (int64_t i = 0; i < p.count; ++i) {
-    if (p.split) {
-      for (int64_t c = 0; c < p.C; c += kTileK) split_32(from + 4 * c, p.C - c, to + 4 * c);
-    } else {
-      std::memcpy(to, from, static_cast<size_t>(bytes));
-      std::memset(to + bytes, 0, static_cast<size_t>(p.channels * item - bytes));
+    const unsigned char* from = p.from + i * p.from_bytes;
+    unsigned char* to = p.to + i * p.to_bytes;
+    for (int64_t c = 0; c < p.C; c += kTileK) {
+      p.split ? copy_32<true>(from, p.C - c, to, p.low_bytes)
+              : copy_32<false>(from, p.C - c, to, 0);
+      from += (p.split ? 4 : 2) * kTileK;
+      to += p.chunk_bytes;
     }
-    from += p.from_step * bytes;
-    to += p.to_step * p.channels * item;
   }
 }
 
