@@ -228,6 +228,16 @@ def seconds(text: str) -> float:
     return found
 
 
+def output_file(text: str) -> Path:
+    """Parse the path of a file to be written, of which the folder exists."""
+    place = Path(text)
+    if not place.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"must lie in a folder that exists, got {text}; make {place.parent} first"
+        )
+    return place
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, dtype: str, batch: str) -> None:
     """Add what both scripts are told: what to measure, on how many threads, and where to write."""
     models = subjects.model_names()
@@ -242,20 +252,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, dtype: str, batch: str) ->
     parser.add_argument("--batch", type=counts, default=batch, help=f"default: {batch}")
     parser.add_argument("--size", type=count, default=224, help="height and width of the images")
     parser.add_argument("--threads", type=count, help="default: torch's own choice")
-    parser.add_argument("--output", type=Path, metavar="FILE.csv", help="write the table there too")
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE.csv", help="write the table there too"
+    )
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Set the threads, check the output's folder, and say what machine this is.
-
-    Raises:
-        ValueError: the folder for --output does not exist.
-    """
-    if args.output is not None and not args.output.parent.is_dir():
-        raise ValueError(
-            f"--output must lie in a folder that exists, got {args.output}; make "
-            f"{args.output.parent} first"
-        )
+    """Set the threads and say what machine this is."""
     if args.threads:
         torch.set_num_threads(args.threads)
     print(machine.headline(machine.describe("cpu")))

@@ -266,10 +266,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all settings; 1 if a contender computed something else."""
     args = parser().parse_args(argv)
-    try:
-        cpu_common.begin(args)
-    except ValueError as error:
-        parser().error(str(error))
+    cpu_common.begin(args)
     about, meter = cpu_common.facts(PACKAGES), machine.LoadMeter()
     records: list[dict[str, Any]] = []
     rows: list[Row] = []

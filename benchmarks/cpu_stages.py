@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cpu_common
@@ -277,7 +278,7 @@ def compare(
             check(chain(), nets[who](x), dtype, who)
             chain.laps.clear()
         calls: dict[str, Callable[[], object]] = dict(chains)
-        calls |= {who + WHOLE: lambda net=net: net(x) for who, net in nets.items()}  # type: ignore[misc]
+        calls |= {who + WHOLE: partial(net, x) for who, net in nets.items()}
         measured = timing.measure(calls, budget_s=args.budget_s, min_rounds=args.rounds)
     laps = {who: timed_laps(chain.laps, measured, who) for who, chain in chains.items()}
 
@@ -318,10 +319,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all settings."""
     args = parser().parse_args(argv)
-    try:
-        cpu_common.begin(args)
-    except ValueError as error:
-        parser().error(str(error))
+    cpu_common.begin(args)
     about, meter = cpu_common.facts(), machine.LoadMeter()
     rates = {}
     for dtype in args.dtype:

@@ -131,6 +131,11 @@ def bf16x3() -> bool:
     return precision in ("tf32", "bf16")
 
 
+def splits(x: torch.Tensor) -> bool:
+    """True if ops on ``x``, on this CPU, multiply as bf16x3."""
+    return x.dtype == torch.float32 and bf16x3()
+
+
 def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups: int = 1) -> Path:
     """The path of ``op`` for tensors of this device type and dtype.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,14 +18,16 @@ from resnet_fused.cli import check
 from resnet_fused.cli.main import main
 from source_tree import benchmarks
 
+
+def _run(name: str) -> Any:
+    return benchmarks(name).main(["--device", "cuda:3"])
+
+
 ON_GPU_3: dict[str, Callable[[], Any]] = {
     "check": lambda: main(["check", "--device", "cuda:3"]),
     "bench": lambda: main(["bench", "--device", "cuda:3"]),
     "collect": lambda: benchmarks("collect").main(),
-    **{
-        name: lambda name=name: benchmarks(name).main(["--device", "cuda:3"])  # type: ignore[misc]
-        for name in ("gpu_models", "gpu_layers", "gpu_sanitize")
-    },
+    **{name: partial(_run, name) for name in ("gpu_models", "gpu_layers", "gpu_sanitize")},
 }
 
 

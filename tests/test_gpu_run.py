@@ -189,6 +189,16 @@ echo "========= COMPUTE-SANITIZER"
 """
 
 
+def fake_sanitizer(body: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compute-sanitizer that does ``body`` and writes its arguments to ``folder / "calls"``."""
+    tool = folder / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(FAKE.format(body=body))
+    tool.chmod(0o755)
+    monkeypatch.setenv("LOG", str(folder / "calls"))
+    return tool
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -208,11 +218,7 @@ def test_the_sanitizer_decides(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Errors, a wrong result of the driver or a tool that did nothing, taken for a success."""
-    tool = tmp_path / "bin" / "compute-sanitizer"
-    tool.parent.mkdir()
-    tool.write_text(FAKE.format(body=body))
-    tool.chmod(0o755)
-    monkeypatch.setenv("LOG", str(tmp_path / "calls"))
+    tool = fake_sanitizer(body, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     outcome = session.sanitize(60.0)
     assert outcome.status == status and message in outcome.detail
@@ -237,10 +243,7 @@ def test_a_sanitizer_without_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A slow GPU taken for a wrong kernel, or errors that are lost because the tool was stopped."""
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(FAKE.format(body=body))
-    tool.chmod(0o755)
-    monkeypatch.setenv("LOG", str(tmp_path / "calls"))
+    tool = fake_sanitizer(body, tmp_path, monkeypatch)
     monkeypatch.setattr(gpu_run, "find_sanitizer", lambda: str(tool))
     outcome = session.sanitize(3.0)
     assert outcome.status == status and message in outcome.detail

@@ -2,6 +2,7 @@
 #include "tile_chain.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "../kernels/conv_bn_act.h"
 #include "conv_plan.h"
@@ -43,14 +44,15 @@ std::vector<int64_t> run_tile_chain(const std::vector<TileStep>& steps, const Ti
   // Whole images for each thread, as long as there is one for each.
   const int64_t each = N / threads, rest = N - each * threads;
   if (each > 0) {
-    TileProgram main = program(1, false);
-    const int64_t group = images_per_group(each, main.scratch_bytes(1), main.weight_bytes());
+    const TileProgram single = program(1, false);
+    const int64_t group = images_per_group(each, single.scratch_bytes(1), single.weight_bytes());
+    std::optional<TileProgram> grouped;
     if (group > 1) {
       TileProgram outer = program(group, false), inner = program(group, true);
-      main = inner.blocks() < outer.blocks() ? std::move(inner) : std::move(outer);
+      grouped = inner.blocks() < outer.blocks() ? std::move(inner) : std::move(outer);
     }
     // Groups of one size; what is left over comes image by image.
-    const TileProgram single = program(1, false);
+    const TileProgram& main = grouped.has_value() ? *grouped : single;
     const int64_t bytes =
         round_up(std::max(main.scratch_bytes(1), single.scratch_bytes(1)), 4096) + 64;
     const Scratch scratch(static_cast<size_t>(bytes * threads));

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import bf16x3, use_reference
+from resnet_fused.dispatch import splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -44,7 +44,7 @@ def basic_block(
         _check(x, conv1, conv2, downsample)
         return reference.basic_block(x, conv1, conv2, downsample)
     y: Tensor = torch.ops.resnet_fused.basic_block.default(
-        x, *cb.flatten(conv1), *cb.flatten(conv2), *cb.flatten_optional(downsample), bf16x3()
+        x, *cb.flatten(conv1), *cb.flatten(conv2), *cb.flatten_optional(downsample), splits(x)
     )
     if not torch.compiler.is_compiling():
         watch(conv1.weight, conv2.weight, downsample and downsample.weight)

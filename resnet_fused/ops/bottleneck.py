@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import bf16x3, use_reference
+from resnet_fused.dispatch import splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -52,7 +52,7 @@ def bottleneck(
         *cb.flatten(conv2),
         *cb.flatten(conv3),
         *cb.flatten_optional(downsample),
-        bf16x3(),
+        splits(x),
     )
     if not torch.compiler.is_compiling():
         watch(conv1.weight, conv2.weight, conv3.weight, downsample and downsample.weight)

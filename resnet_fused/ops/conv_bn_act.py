@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import bf16x3, use_reference
+from resnet_fused.dispatch import splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -45,7 +45,7 @@ def conv_bn_act(
         _check(x, conv, residual)
         return reference.conv_bn_act(x, conv, residual, relu)
     y: Tensor = torch.ops.resnet_fused.conv_bn_act.default(
-        x, *cb.flatten(conv), residual, relu, bf16x3()
+        x, *cb.flatten(conv), residual, relu, splits(x)
     )
     if not torch.compiler.is_compiling():
         watch(conv.weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import bf16x3, use_reference
+from resnet_fused.dispatch import splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -39,7 +39,7 @@ def stem(x: Tensor, conv: ConvBN) -> Tensor:
     if use_reference(x, "stem", conv.groups):
         cb.check_conv(x, conv)
         return reference.stem(x, conv)
-    y: Tensor = torch.ops.resnet_fused.stem.default(x, *cb.flatten(conv), bf16x3())
+    y: Tensor = torch.ops.resnet_fused.stem.default(x, *cb.flatten(conv), splits(x))
     if not torch.compiler.is_compiling():
         watch(conv.weight)
     return y

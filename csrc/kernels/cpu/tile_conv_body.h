@@ -14,10 +14,6 @@ namespace RESNET_FUSED_TILES {
 
 static_assert(kTileM == 32 && kTileN == 32 && kTileK == 32, "Tiles::step computes 32 x 32 x 32");
 
-// Packed weights lie in the order in which they are read; two k-steps ahead is enough to hide L3, a
-// quarter of the time of the 7x7 layers.
-constexpr int64_t kAhead = 4096;
-
 // What a call does with its sums; a loop is compiled for each.
 template <bool kSplit_, Add kAdd_, bool kRelu, bool kWhole>
 struct Kind {
@@ -97,12 +93,12 @@ struct Ahead {
 };
 
 // The sums of block `m` of rows for packed panel `b`, while those of the block before it are stored
-// in `before` and an older block is finished. With `fresh` weights, which no block of this call has
-// read, those kAhead bytes on are fetched meanwhile.
+// in `before` and an older block is finished. The weights lie in the order in which they are read:
+// the hardware's prefetcher gets them from L3.
 template <typename Kind>
 static RESNET_FUSED_ALWAYS void multiply(const TileConvParams& p, Tiles& tiles, float* before,
                                          Finisher<Kind>& finisher, int64_t rows_at_once, int64_t m,
-                                         const unsigned char* b, bool fresh, Ahead& ahead) {
+                                         const unsigned char* b, Ahead& ahead) {
   constexpr bool kSplit = Kind::kSplit;
   constexpr int64_t kPanelStep = (kSplit ? 4 : 2) * kTileBytes;
   const int64_t row_bytes = p.row_bytes, low_bytes = p.low_bytes;
@@ -117,9 +113,6 @@ static RESNET_FUSED_ALWAYS void multiply(const TileConvParams& p, Tiles& tiles, 
       tiles.template step<kSplit>(a0, a1, row_bytes, low_bytes, b);
     }
     finisher.rows(rows_at_once);
-    if (fresh) {
-      for (int64_t i = 0; i < kPanelStep; i += 64) prefetch(b + kAhead + i);
-    }
     b += kPanelStep;
     ahead.step();
   }
@@ -149,13 +142,11 @@ static bool loop(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_
     Unfinished& now = blocks[at];
     float* before = blocks[1 - at].c;
     Finisher<Kind> finisher(p, now);
-    const bool fresh = m == begin;
     if (kProjects) {
-      multiply(*p.project, tiles, before, finisher, rows_at_once, m, panel(*p.project, n), fresh,
-               ahead);
+      multiply(*p.project, tiles, before, finisher, rows_at_once, m, panel(*p.project, n), ahead);
       before = projected[place];
     }
-    multiply(p, tiles, before, finisher, rows_at_once, m, panel(p, n), fresh, ahead);
+    multiply(p, tiles, before, finisher, rows_at_once, m, panel(p, n), ahead);
     finisher.rows(kTileM);
     odd |= finisher.odd;
     now.projected = projected[place];
