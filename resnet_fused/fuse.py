@@ -22,6 +22,8 @@ from resnet_fused.fusion.plan import Plan, current_plan, forgotten, survey
 from resnet_fused.fusion.steps import as_eager
 from resnet_fused.fusion.units import child, is_planned
 from resnet_fused.modules import Fused, Site
+from resnet_fused.ops import ConvBN
+from resnet_fused.ready import NAME, recall
 
 _PLAN = "_fuse_plan"
 
@@ -95,12 +97,12 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)  # tools look at the parameters
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not only_torch_ops():
-            plan = current_plan(self)
-            if plan.takes(args, kwargs) and plan.why_plain(self) is None:
-                y = plan.run(self, *args)  # type: ignore[misc]
-                return as_eager(y, args[0], lambda: first_weight(self))
-        return cls.forward(self, *args, **kwargs)
+        call = _planned_call(self, args, kwargs)
+        if call is None:
+            return cls.forward(self, *args, **kwargs)
+        plan, convs = call
+        y = plan.run(self, convs, *args)  # type: ignore[misc]
+        return as_eager(y, args[0], lambda: first_weight(self))
 
     names = {
         "__module__": cls.__module__,
@@ -113,6 +115,24 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     fused: type[nn.Module] = metaclass(f"Fused{cls.__name__}", (mixin, cls), names)
     _CLASSES[cls] = fused
     return fused
+
+
+def _planned_call(
+    owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Plan, list[ConvBN]] | None:
+    """The plan of a fused module, and its convolutions as they are now, if this call is for it."""
+    known: tuple[Plan, list[ConvBN]] | None = recall(owner, "plan", args[0] if args else None)
+    if known is not None and known[0] is owner._fuse_plan and known[0].is_of(owner):
+        return known if known[0].takes(args, kwargs) else None
+    if only_torch_ops():
+        return None
+    plan = current_plan(owner)
+    if not plan.takes(args, kwargs) or plan.why_plain(owner) is not None:
+        return None
+    convs = plan.convs(owner)
+    if not torch.compiler.is_compiling():
+        plan.keep(owner, convs)
+    return plan, convs
 
 
 def _new(cls: type[nn.Module], *args: Any) -> Any:
@@ -212,5 +232,6 @@ def _restore(module: nn.Module) -> None:
     if is_planned(module):
         module.__class__ = module.fused_from  # type: ignore[assignment]
         del module.__dict__[_PLAN]
+        module.__dict__.pop(NAME + "plan", None)
     elif isinstance(module, Planned):  # somebody subclassed the fused class
         module._fuse_plan = Plan(error="unfuse() was called")

@@ -217,11 +217,11 @@ class _Trial:
         own = {k: space[v.__name__] if is_step(v) else v for k, v in code.__globals__.items()}
         watched = remade(code, own)
 
-        def run(owner: nn.Module, *args: Any) -> Any:
+        def run(owner: nn.Module, convs: Any, *args: Any) -> Any:
             self.compare_plan(name, plan, args)
             before, self.where = self.where, name
             try:
-                return watched(owner, *args)
+                return watched(owner, convs, *args)
             finally:
                 self.where = before
 
@@ -235,7 +235,7 @@ class _Trial:
         self.seeded()
         want = pytree.tree_leaves((module(*theirs), theirs))
         self.seeded()
-        got = pytree.tree_leaves((plan.run(module, *mine), mine))
+        got = pytree.tree_leaves((plan.run(module, plan.convs(module), *mine), mine))
         least = _LEAST * max((_largest(a) for a in double_inputs(args)), default=0.0)
         for a, b in zip(got, want, strict=True):
             if not isinstance(b, Tensor) or not b.is_floating_point():

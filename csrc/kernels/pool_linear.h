@@ -18,7 +18,10 @@ struct PoolLinearParams {
   DType x_dtype, weight_dtype, bias_dtype;  // f32, bf16 or f16; out has x_dtype
 };
 
-// Means of images [begin, end).
+constexpr int64_t kPoolChannels = 64;
+constexpr int64_t pool_parts(int64_t C) { return (C + kPoolChannels - 1) / kPoolChannels; }
+
+// Means [begin, end) of N * pool_parts(C): each of an image's 64 channels.
 void pool_cpu(const PoolLinearParams& p, int64_t begin, int64_t end);
 // Outputs [begin, end) of K, for all images; reads each weight once per four images.
 void linear_cpu(const PoolLinearParams& p, int64_t begin, int64_t end);

@@ -73,7 +73,8 @@ void pool_linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
   if (!o.empty()) {
     Tensor pooled;
     const PoolLinearParams p = o.params(to_channels_last(o.x), pooled);
-    parallel_for(p.N, 1, [&](int64_t b, int64_t e) { pool_cpu(p, b, e); });
+    constexpr int64_t kGrain = 8;  // of 64 channels
+    parallel_for(p.N * pool_parts(p.C), kGrain, [&](int64_t b, int64_t e) { pool_cpu(p, b, e); });
     parallel_for(p.K, 16, [&](int64_t b, int64_t e) { linear_cpu(p, b, e); });
   }
   stack[0] = boxed(std::move(o.out));

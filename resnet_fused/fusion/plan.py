@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from operator import getitem
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from resnet_fused.fusion.layouts import Layouts
 from resnet_fused.fusion.matching import Found, Matcher, Pair, Param
-from resnet_fused.fusion.standins import CONTAINERS, MISSING, Refused, freeze
+from resnet_fused.fusion.standins import CONTAINERS, MISSING, Refused, freeze, is_fixed
 from resnet_fused.fusion.tracing import Trace, kinds, read
 from resnet_fused.fusion.units import (
     child,
@@ -24,6 +25,8 @@ from resnet_fused.fusion.units import (
     original,
 )
 from resnet_fused.modules import Site, conv_bn, why_plain
+from resnet_fused.ops import ConvBN
+from resnet_fused.ready import READS, Unchanged, keep
 
 _MAX_CHANGES = 16
 _making = RLock()
@@ -54,8 +57,9 @@ class Plan:
 
     Args:
         sites: the fused calls, in order.
-        run: the forward with fused calls, ``run(module, *tensors)``; None if nothing is to gain.
-            Without sites it spares fused modules below the conversion of memory formats.
+        run: the forward with fused calls, ``run(module, convs, *tensors)``; None if nothing is to
+            gain. Without sites it spares fused modules below the conversion of memory formats.
+        pairs: the modules of its ``convs``.
         inputs: number of tensors it takes.
         watched: per submodule, what the plan was made from.
         inlined: submodules that ``run`` does not call though eager does.
@@ -70,6 +74,7 @@ class Plan:
 
     sites: tuple[Site, ...] = ()
     run: Callable[..., Any] | None = None
+    pairs: tuple[Pair, ...] = ()
     inputs: int = 0
     watched: tuple[Watch, ...] = ()
     inlined: tuple[str, ...] = ()
@@ -89,7 +94,7 @@ class Plan:
 
     def changed(self, owner: nn.Module) -> str | None:
         """What differs from the module that the plan was made for; None if nothing does."""
-        if self.forward is not None and original(owner).forward is not self.forward:
+        if not self.is_of(owner):
             return "the forward of its class was replaced"
         # This runs at every call, so it is written for speed.
         for path, children, reads, absent in self.watched:
@@ -139,6 +144,51 @@ class Plan:
             if reason is not None:
                 return reason
         return None
+
+    def is_of(self, owner: nn.Module) -> bool:
+        """True if the class of ``owner`` still has the forward that was read."""
+        return self.forward is None or original(owner).forward is self.forward
+
+    def convs(self, owner: nn.Module) -> list[ConvBN]:
+        """What ``run`` wants beside the tensors, read off the modules."""
+        return [conv_bn(child(owner, p.conv), child(owner, p.bn)) for p in self.pairs]
+
+    def keep(self, owner: nn.Module, convs: list[ConvBN]) -> None:
+        """Spare the next call ``changed``, ``why_plain`` and ``convs``: see ``ready``."""
+        reads: dict[str, dict[str, None]] = {path: {} for path in self.inlined}
+        holders, absent = {""}, []
+        for path in self.eval_only:
+            reads.setdefault(path, {})["training"] = None
+        for parts, children, attributes, _ in self.watched:
+            path = ".".join(parts)
+            if children is not None:
+                holders.add(path)
+            for name, value, frozen in attributes:
+                if value is MISSING:
+                    absent.append((child(owner, path), name))
+                elif value is frozen and not is_fixed(child(owner, path).__dict__[name]):
+                    return
+                else:
+                    reads.setdefault(path, {})[name] = None
+        silent = dict.fromkeys(self.inlined)
+        for site in self.sites:
+            for path in site.modules:
+                names = READS.get(type(child(owner, path)))
+                if names is None:
+                    return
+                reads.setdefault(path, {}).update(dict.fromkeys(names))
+                silent[path] = None
+        for path in reads:
+            while path:  # the way there
+                path = path.rpartition(".")[0]
+                holders.add(path)
+        unchanged = Unchanged(
+            [child(owner, path) for path in holders],
+            [(child(owner, path), tuple(names)) for path, names in reads.items()],
+            [child(owner, path) for path in silent],
+            absent,
+        )
+        keep(owner, "plan", self.sites, unchanged, (self, convs))
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """True for a call like the one that was traced: the required tensors and nothing else."""
@@ -198,8 +248,8 @@ def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | N
     sites = tuple(f.site for f in matcher.found)
     for site in sites:
         _ = site.paths  # worked out once, before torch.compile comes across it
-    run = _compile(trace.graph, matcher.found, original(module).__name__)
-    return replace(plan, sites=sites, run=run, any_layout=True)
+    run, pairs = _compile(trace.graph, matcher.found, original(module).__name__)
+    return replace(plan, sites=sites, run=run, pairs=pairs, any_layout=True)
 
 
 def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
@@ -289,14 +339,19 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Watch, ...]:
     return tuple(result)
 
 
-def _compile(graph: fx.Graph, found: list[Found], name: str) -> Callable[..., Any]:
-    """Put the fused calls into ``graph`` and make a function of it."""
+def _compile(
+    graph: fx.Graph, found: list[Found], name: str
+) -> tuple[Callable[..., Any], tuple[Pair, ...]]:
+    """Put the fused calls into ``graph`` and make a function of it; and what it reads."""
     replaced: dict[fx.Node, fx.Node] = {}
+    pairs: list[Pair] = []
+    with graph.inserting_before(next(iter(graph.nodes))):
+        convs = graph.placeholder("convs")
 
     def argument(value: Any) -> Any:
         if isinstance(value, Pair):
-            modules = tuple(graph.get_attr(path) for path in (value.conv, value.bn))
-            return graph.call_function(conv_bn, modules)
+            pairs.append(value)
+            return graph.call_function(getitem, (convs, len(pairs) - 1))
         if isinstance(value, Param):
             return graph.get_attr(value.path)
         return replaced.get(value, value) if isinstance(value, fx.Node) else value
@@ -313,4 +368,4 @@ def _compile(graph: fx.Graph, found: list[Found], name: str) -> Callable[..., An
     namespace = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), namespace)
     run: Callable[..., Any] = namespace["forward"]
-    return run
+    return run, tuple(pairs)

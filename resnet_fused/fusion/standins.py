@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
+from resnet_fused.ready import NAME
+
 if TYPE_CHECKING:
     from resnet_fused.fusion.tracing import Tracer
 
@@ -33,7 +35,7 @@ INTERNAL = frozenset(_BASE) - {"training", "forward"}
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 CONTAINERS = (list, tuple, set, dict, OrderedDict)
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-OWN = ("_tracer", "_path", "_original", "_before", "_fuse_plan")
+OWN = ("_tracer", "_path", "_original", "_before", "_fuse_plan", NAME + "plan")
 
 
 class Refused(Exception):
@@ -62,6 +64,11 @@ def freeze(value: Any) -> Any:
     if kind in CONTAINERS:
         return (kind, *(freeze(v) for v in value))
     return (Tensor,) if isinstance(value, Tensor) else Same(value)
+
+
+def is_fixed(value: Any) -> bool:
+    """True for a tuple whose content cannot change unseen."""
+    return type(value) is tuple and all(type(v) in _SIMPLE for v in value)
 
 
 class Value(fx.Proxy):

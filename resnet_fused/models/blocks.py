@@ -7,10 +7,11 @@ Children stay plain nn.Conv2d and nn.BatchNorm2d; the forward hands their live t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from resnet_fused import ops
+from resnet_fused import ops, ready
 from resnet_fused.models import sites
 from resnet_fused.modules import Fused, Site, conv_bn
 
@@ -59,18 +60,27 @@ class Block(Fused, nn.Module):
         Returns:
             Shape [N, planes * expansion, ceil(H / stride), ceil(W / stride)].
         """
+        known = ready.recall(self, "block", x)
+        if known is not None:
+            return self._fused(x, *known)
         site = self._site()
         if site is None or sites.why_plain(self, site, x) is not None:
             return self._plain(x)
-        if self.downsample is None:
-            return self._fused(x, None)
-        down = self.downsample._modules  # a Sequential copies its children to find one by number
-        return self._fused(x, conv_bn(down["0"], down["1"]))
+        down = self.downsample
+        convs = (
+            *self._convs(),
+            None if down is None else conv_bn(*down._modules.values()),
+        )
+        sites.keep(self, "block", site, convs)
+        return self._fused(x, *convs)
 
     def _plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _fused(self, x: Tensor, downsample: ops.ConvBN | None) -> Tensor:
+    def _convs(self) -> tuple[ops.ConvBN, ...]:
+        raise NotImplementedError
+
+    def _fused(self, x: Tensor, *convs: Any) -> Tensor:
         raise NotImplementedError
 
 
@@ -132,10 +142,11 @@ class BasicBlock(Block):
         y: Tensor = self.relu(out)
         return y
 
-    def _fused(self, x: Tensor, downsample: ops.ConvBN | None) -> Tensor:
-        return ops.basic_block(
-            x, conv_bn(self.conv1, self.bn1), conv_bn(self.conv2, self.bn2), downsample
-        )
+    def _convs(self) -> tuple[ops.ConvBN, ...]:
+        return conv_bn(self.conv1, self.bn1), conv_bn(self.conv2, self.bn2)
+
+    def _fused(self, x: Tensor, *convs: Any) -> Tensor:
+        return ops.basic_block(x, *convs)
 
 
 class Bottleneck(Block):
@@ -187,11 +198,12 @@ class Bottleneck(Block):
         y: Tensor = self.relu(out)
         return y
 
-    def _fused(self, x: Tensor, downsample: ops.ConvBN | None) -> Tensor:
-        return ops.bottleneck(
-            x,
+    def _convs(self) -> tuple[ops.ConvBN, ...]:
+        return (
             conv_bn(self.conv1, self.bn1),
             conv_bn(self.conv2, self.bn2),
             conv_bn(self.conv3, self.bn3),
-            downsample,
         )
+
+    def _fused(self, x: Tensor, *convs: Any) -> Tensor:
+        return ops.bottleneck(x, *convs)

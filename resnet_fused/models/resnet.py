@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import ops
+from resnet_fused import ops, ready
 from resnet_fused.models import sites
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, Norm, conv1x1, conv3x3
 from resnet_fused.models.weights import build, fix
@@ -163,18 +163,28 @@ class ResNet(Fused, nn.Module):
         Returns:
             Feature map, shape [N, 512 * expansion, ceil(H / 32), ceil(W / 32)] without dilation.
         """
-        site = self._stem_site()
-        if site is None or sites.why_plain(self, site, x) is not None:
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        elif site is sites.STEM:
-            x = ops.stem(x, conv_bn(self.conv1, self.bn1))
-        else:
-            x = self.maxpool(ops.conv_bn_act(x, conv_bn(self.conv1, self.bn1)))
+        x = self._stem(x)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
         return x
+
+    def _stem(self, x: Tensor) -> Tensor:
+        known = ready.recall(self, "stem", x)
+        if known is not None:
+            site, conv = known
+        else:
+            found = self._stem_site()
+            if found is None or sites.why_plain(self, found, x) is not None:
+                y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+                return y
+            site, conv = found, conv_bn(self.conv1, self.bn1)
+            sites.keep(self, "stem", site, (site, conv))
+        if site is sites.STEM:
+            return ops.stem(x, conv)
+        y = self.maxpool(ops.conv_bn_act(x, conv))
+        return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global pool and classifier.
@@ -187,11 +197,19 @@ class ResNet(Fused, nn.Module):
             Logits, shape [N, num_classes]; with ``pre_logits`` the pooled features,
             shape [N, 512 * expansion].
         """
-        site = None if pre_logits else self._head_site()
-        if site is not None and sites.why_plain(self, site, x) is None:
+        if not pre_logits and self._fuses_head(x):
             return ops.pool_linear(x, self.fc.weight, self.fc.bias)
         x = torch.flatten(self.avgpool(x), 1)
         return x if pre_logits else self.fc(x)
+
+    def _fuses_head(self, x: Tensor) -> bool:
+        if ready.recall(self, "head", x):
+            return True
+        site = self._head_site()
+        if site is None or sites.why_plain(self, site, x) is not None:
+            return False
+        sites.keep(self, "head", site, True)
+        return True
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

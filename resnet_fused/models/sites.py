@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from resnet_fused import modules
+from resnet_fused import modules, ready
 from resnet_fused.dispatch import only_torch_ops
 from resnet_fused.modules import Site, pair
 
@@ -62,6 +63,12 @@ def why_plain(owner: nn.Module, site: Site, x: Any) -> str | None:
     if isinstance(x, fx.Proxy):
         return "symbolic tracing"
     return "only torch's operations" if only_torch_ops() else modules.why_plain(owner, site)
+
+
+def keep(owner: nn.Module, part: str, site: Site, made: Any) -> None:
+    """Spare the next call of ``owner`` a close look: see ``resnet_fused.ready``."""
+    if not torch.compiler.is_compiling():
+        ready.keep(owner, part, (site,), ready.of_site(owner, site), made)
 
 
 def is_stem_pool(pool: nn.Module | None) -> bool:

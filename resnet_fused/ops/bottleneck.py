@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import splits, use_reference
+from resnet_fused.dispatch import clear_case, splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -40,12 +40,13 @@ def bottleneck(
     Raises:
         ValueError, RuntimeError: an argument breaks a rule above; the message names it.
     """
-    cb.check_same_dtype(x, conv1, "conv1")
-    x = cb.autocast(x)
-    groups = cb.most_groups(conv1, conv2, conv3, downsample)
-    if use_reference(x, "bottleneck", groups):
-        _check(x, conv1, conv2, conv3, downsample)
-        return reference.bottleneck(x, conv1, conv2, conv3, downsample)
+    if not clear_case(x, conv1.weight):
+        cb.check_same_dtype(x, conv1, "conv1")
+        x = cb.autocast(x)
+        groups = cb.most_groups(conv1, conv2, conv3, downsample)
+        if use_reference(x, "bottleneck", groups):
+            _check(x, conv1, conv2, conv3, downsample)
+            return reference.bottleneck(x, conv1, conv2, conv3, downsample)
     y: Tensor = torch.ops.resnet_fused.bottleneck.default(
         x,
         *cb.flatten(conv1),

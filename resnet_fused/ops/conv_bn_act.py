@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import splits, use_reference
+from resnet_fused.dispatch import clear_case, splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -38,12 +38,13 @@ def conv_bn_act(
     Raises:
         ValueError, RuntimeError: an argument breaks a rule above; the message names it.
     """
-    cb.check_same_dtype(x, conv)
-    x = cb.autocast(x)
-    residual = None if residual is None else cb.autocast(residual)
-    if use_reference(x, "conv_bn_act", conv.groups):
-        _check(x, conv, residual)
-        return reference.conv_bn_act(x, conv, residual, relu)
+    if not clear_case(x, conv.weight):
+        cb.check_same_dtype(x, conv)
+        x = cb.autocast(x)
+        residual = None if residual is None else cb.autocast(residual)
+        if use_reference(x, "conv_bn_act", conv.groups):
+            _check(x, conv, residual)
+            return reference.conv_bn_act(x, conv, residual, relu)
     y: Tensor = torch.ops.resnet_fused.conv_bn_act.default(
         x, *cb.flatten(conv), residual, relu, splits(x)
     )

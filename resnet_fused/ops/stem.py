@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused._extension import watch
-from resnet_fused.dispatch import splits, use_reference
+from resnet_fused.dispatch import clear_case, splits, use_reference
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -34,11 +34,12 @@ def stem(x: Tensor, conv: ConvBN) -> Tensor:
     Raises:
         ValueError, RuntimeError: an argument breaks a rule above; the message names it.
     """
-    cb.check_same_dtype(x, conv)
-    x = cb.autocast(x)
-    if use_reference(x, "stem", conv.groups):
-        cb.check_conv(x, conv)
-        return reference.stem(x, conv)
+    if not clear_case(x, conv.weight):
+        cb.check_same_dtype(x, conv)
+        x = cb.autocast(x)
+        if use_reference(x, "stem", conv.groups):
+            cb.check_conv(x, conv)
+            return reference.stem(x, conv)
     y: Tensor = torch.ops.resnet_fused.stem.default(x, *cb.flatten(conv), splits(x))
     if not torch.compiler.is_compiling():
         watch(conv.weight)

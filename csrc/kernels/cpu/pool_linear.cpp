@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // pool_linear on the CPU. The sum over pixels is one of sums of 32 pixels: on large maps a single
 // sum would lose digits to its own size. The sum over C runs in 16 lanes (lane i takes c = i mod
-// 16) that are added at the end, the rest of C behind them; four images share each load of the
-// weights.
+// 16) that are added at the end, the rest of C behind them.
 #include "../pool_linear.h"
 
 #include "simd.h"
@@ -11,7 +10,6 @@ namespace resnet_fused {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kImages = 4;
 
 // Vectors of the compiler's, which it splits where registers are narrower.
 typedef float Lanes __attribute__((vector_size(kLanes * 4)));
@@ -40,22 +38,22 @@ RESNET_FUSED_INLINE void store_any(void* p, int64_t i, float v, DType d) {
 
 template <DType D>
 RESNET_FUSED_INLINE void pool_images(const PoolLinearParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kChannels = 64, kPixels = 32;
+  constexpr int64_t kPixels = 32;
   const float count = static_cast<float>(p.HW);
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t c0 = 0; c0 < p.C; c0 += kChannels) {
-      const int64_t channels = p.C - c0 < kChannels ? p.C - c0 : kChannels;
-      float sum[kChannels] = {};
-      for (int64_t i0 = 0; i0 < p.HW; i0 += kPixels) {
-        float part[kChannels] = {};
-        for (int64_t i = i0; i < i0 + kPixels && i < p.HW; ++i) {
-          const int64_t pixel = (n * p.HW + i) * p.C + c0;
-          for (int64_t c = 0; c < channels; ++c) part[c] += load<D>(p.x, pixel + c);
-        }
-        for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+  const int64_t parts = pool_parts(p.C);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t n = at / parts, c0 = at % parts * kPoolChannels;
+    const int64_t channels = p.C - c0 < kPoolChannels ? p.C - c0 : kPoolChannels;
+    float sum[kPoolChannels] = {};
+    for (int64_t i0 = 0; i0 < p.HW; i0 += kPixels) {
+      float part[kPoolChannels] = {};
+      for (int64_t i = i0; i < i0 + kPixels && i < p.HW; ++i) {
+        const int64_t pixel = (n * p.HW + i) * p.C + c0;
+        for (int64_t c = 0; c < channels; ++c) part[c] += load<D>(p.x, pixel + c);
       }
-      for (int64_t c = 0; c < channels; ++c) p.pooled[n * p.C + c0 + c] = sum[c] / count;
+      for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
     }
+    for (int64_t c = 0; c < channels; ++c) p.pooled[n * p.C + c0 + c] = sum[c] / count;
   }
 }
 
@@ -75,33 +73,46 @@ RESNET_FUSED_INLINE void load_lanes(const void* p, int64_t i, Lanes* to) {
   }
 }
 
-template <DType W, int64_t images>
+// Outputs [k, k + rows) of images [n0, n0 + images): rows * images sums side by side, because one
+// alone would wait for each of its additions.
+template <DType W, int64_t rows, int64_t images>
 RESNET_FUSED_INLINE void dot(const PoolLinearParams& p, int64_t k, int64_t n0) {
-  Lanes acc[images] = {};
-  const int64_t row = k * p.C, whole = p.C - p.C % kLanes;
+  Lanes acc[rows][images] = {};
+  const int64_t whole = p.C - p.C % kLanes;
   for (int64_t c = 0; c < whole; c += kLanes) {
-    Lanes w, x;
-    load_lanes<W>(p.weight, row + c, &w);
+    Lanes w[rows], x;
+    for (int64_t r = 0; r < rows; ++r) load_lanes<W>(p.weight, (k + r) * p.C + c, &w[r]);
     for (int64_t i = 0; i < images; ++i) {
       std::memcpy(&x, p.pooled + (n0 + i) * p.C + c, sizeof(x));
-      acc[i] += w * x;
+      for (int64_t r = 0; r < rows; ++r) acc[r][i] += w[r] * x;
     }
   }
-  for (int64_t i = 0; i < images; ++i) {
-    float sum = p.bias != nullptr ? load_any(p.bias, k, p.bias_dtype) : 0.0f;
-    for (int64_t l = 0; l < kLanes; ++l) sum += acc[i][l];
-    for (int64_t c = whole; c < p.C; ++c)
-      sum += load<W>(p.weight, row + c) * p.pooled[(n0 + i) * p.C + c];
-    store_any(p.out, (n0 + i) * p.K + k, sum, p.x_dtype);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < images; ++i) {
+      float sum = p.bias != nullptr ? load_any(p.bias, k + r, p.bias_dtype) : 0.0f;
+      for (int64_t l = 0; l < kLanes; ++l) sum += acc[r][i][l];
+      for (int64_t c = whole; c < p.C; ++c)
+        sum += load<W>(p.weight, (k + r) * p.C + c) * p.pooled[(n0 + i) * p.C + c];
+      store_any(p.out, (n0 + i) * p.K + k + r, sum, p.x_dtype);
+    }
   }
 }
 
 template <DType W>
 RESNET_FUSED_INLINE void linear_rows(const PoolLinearParams& p, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k) {
+  constexpr int64_t kImages = 4, kRows = 4;
+  for (int64_t k = begin; k < end; k += kRows) {
     int64_t n = 0;
-    for (; n + kImages <= p.N; n += kImages) dot<W, kImages>(p, k, n);
-    for (; n < p.N; ++n) dot<W, 1>(p, k, n);
+    for (; n + kImages <= p.N; n += kImages) {
+      for (int64_t r = k; r < end && r < k + kRows; ++r) dot<W, 1, kImages>(p, r, n);
+    }
+    for (; n < p.N; ++n) {
+      if (k + kRows <= end) {
+        dot<W, kRows, 1>(p, k, n);
+      } else {
+        for (int64_t r = k; r < end; ++r) dot<W, 1, 1>(p, r, n);
+      }
+    }
   }
 }
 

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a fused call found when it looked at its modules, and a quick way to say that all of it is
+still so.
+
+At batch 1 a network spends as long in Python as in some of its stages, because weights that stream
+through the caches push Python's own data out of them. So a module looks at its children once,
+closely; later calls compare the same dictionaries and tensors in a few loops of the interpreter
+itself: 4 us a block where looking again takes 20 (60 with cold caches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from operator import getitem, is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from resnet_fused import dispatch
+from resnet_fused.modules import Site, get
+
+NAME = "_ready_"  # in a module's __dict__
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(global_hooks, f"_global{kind}") for kind in _HOOKS)
+# Every attribute that decides what a module computes, by kind; of other kinds nothing is known.
+READS: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: ("eps", "training"),
+    nn.SyncBatchNorm: ("eps", "training"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.ReLU: (),
+    nn.Linear: (),
+    nn.Identity: (),
+    nn.Sequential: (),
+}
+
+
+class Unchanged:
+    """Says whether modules are as they were.
+
+    Args:
+        holders: modules whose children count, by name.
+        reads: modules and the attributes of each that count, whose values compare at once;
+            parameters and buffers always count.
+        silent: those of them that must have no hooks.
+        absent: modules and an attribute that must not be there.
+    """
+
+    __slots__ = (
+        "_absent",
+        "_children",
+        "_hooks",
+        "_kinds",
+        "_modules",
+        "_reads",
+        "_tensors",
+        "_values",
+    )
+
+    def __init__(
+        self,
+        holders: Iterable[nn.Module],
+        reads: Sequence[tuple[nn.Module, tuple[str, ...]]],
+        silent: Collection[nn.Module],
+        absent: Iterable[tuple[nn.Module, str]] = (),
+    ) -> None:
+        self._modules = [m for m, _ in reads]
+        self._kinds = [type(m) for m in self._modules]
+        self._children = [(m._modules, dict(m._modules)) for m in holders]
+        self._reads = [
+            (itemgetter("_parameters", "_buffers", *names), m.__dict__) for m, names in reads
+        ]
+        # The dictionaries of hooks themselves, too: some code removes hooks by a new one.
+        self._reads += [(itemgetter(*_HOOKS), m.__dict__) for m in silent]
+        self._values = [get(attributes) for get, attributes in self._reads]
+        self._hooks = (*_GLOBAL_HOOKS, *(m.__dict__[name] for m in silent for name in _HOOKS))
+        self._absent = [(m.__dict__, name) for m, name in absent]
+        found = [
+            (tensors, name, tensors[name])
+            for m in self._modules
+            for tensors in (m._parameters, m._buffers)
+            for name in tensors
+            if name != "num_batches_tracked"
+        ]
+        self._tensors = tuple(zip(*found, strict=True)) if found else ((), (), ())
+
+    def __call__(self) -> bool:
+        where, names, tensors = self._tensors
+        try:
+            return (
+                all(map(is_, map(getitem, where, names), tensors))
+                and [get(attributes) for get, attributes in self._reads] == self._values
+                and all(now == then for now, then in self._children)
+                and [type(m) for m in self._modules] == self._kinds
+                and not any(self._hooks)
+                and not any(name in attributes for attributes, name in self._absent)
+            )
+        except (KeyError, RuntimeError):  # a tensor is gone; an attribute has become a tensor
+            return False
+
+
+class Ready(NamedTuple):
+    """A fused call that may be made again.
+
+    It lives in the module that makes it; copies and pickles of that have None in its place.
+
+    Args:
+        unchanged: asks the modules.
+        owner: the attributes of the module that it was made for; a shallow copy has others.
+        calls: weight, op and groups of each call with a convolution, which a GPU may refuse.
+        made: what ``keep`` was given.
+        changes: how often the modules had changed.
+    """
+
+    unchanged: Unchanged
+    owner: dict[str, Any]
+    calls: tuple[tuple[Tensor, str, int], ...]
+    made: Any
+    changes: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+
+def _nothing() -> None:
+    """What copies and pickles have in the place of a ``Ready``."""
+
+
+def of_site(owner: nn.Module, site: Site) -> Unchanged | None:
+    """Says whether one call's modules are as they were; None if it cannot be told quickly."""
+    modules = [get(owner, name) for name in site.modules]
+    if any(type(m) not in READS for m in modules):
+        return None
+    holders = [m for m in (owner, *modules) if m._modules]
+    return Unchanged(holders, [(m, READS[type(m)]) for m in modules], modules)
+
+
+def keep(
+    owner: nn.Module, part: str, sites: Iterable[Site], unchanged: Unchanged | None, made: Any
+) -> None:
+    """Remember for ``recall`` that ``owner`` may make its fused calls.
+
+    Args:
+        owner: makes the calls.
+        part: the name for a part of ``owner``.
+        sites: the calls.
+        unchanged: what must be so; None if nothing can be remembered.
+        made: what ``recall`` shall give.
+    """
+    # Whose tensors are replaced at every call, as by torch.func.functional_call, gains nothing.
+    most_changes = 16
+    before: Ready | int | None = owner.__dict__.get(NAME + part)
+    changes = before if isinstance(before, int) else 0
+    if unchanged is None or owner.training or changes > most_changes:
+        return
+    calls = []
+    for site in sites:
+        convs: list[Any] = [get(owner, name) for name in site.convs]
+        if convs:
+            groups = max(conv.groups for conv in convs)
+            calls.append((convs[0].weight, site.pattern, groups))
+    owner.__dict__[NAME + part] = Ready(unchanged, owner.__dict__, tuple(calls), made, changes)
+
+
+def recall(owner: nn.Module, part: str, x: Any) -> Any:
+    """What ``keep`` was given if that may be done again; None: look closely.
+
+    Args:
+        owner: as in ``keep``.
+        part: as in ``keep``.
+        x: the input of this call.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    ready: Any = owner.__dict__.get(NAME + part)
+    if (
+        type(ready) is not Ready
+        or ready.owner is not owner.__dict__
+        or owner.training
+        or not isinstance(x, Tensor)
+        or dispatch.only_torch_ops()
+    ):
+        return None
+    if not ready.unchanged():
+        owner.__dict__[NAME + part] = ready.changes + 1
+        return None
+    for weight, op, groups in ready.calls:
+        if weight.is_cuda and dispatch.why_no_kernel(weight.device, weight.dtype, op, groups):
+            return None
+    return ready.made
