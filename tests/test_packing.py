@@ -204,3 +204,25 @@ def test_new_sizes_do_not_pack_each_time(force_path: Any) -> None:
                 resnet_fused.conv_bn_act(s.image(1, 32, n, n), conv)
         assert library.resnet_fused_pack_count() > count + 5
         assert library.resnet_fused_pack_bytes() <= size + 4 * conv.weight.numel() * 4
+
+
+@pytest.mark.parametrize("path", ["auto", "onednn", "portable"])
+def test_tensors_with_and_without_version_share_memory(path: str, force_path: Any) -> None:
+    """Breaks if what was learned of one tensor, that it counts its versions, is believed of an
+    inference tensor at the same address; the 1 element that changes lies between samples.
+    """
+    s = Source(torch.float32)
+    x, conv = s.image(1, 64, 6, 6), s.conv(64, 64, 3)
+    with force_path(path):
+        for i in range(3):
+            with torch.inference_mode():
+                alias = torch.from_numpy(conv.weight.numpy())
+                assert alias.is_inference() and alias.data_ptr() == conv.weight.data_ptr()
+                y = resnet_fused.conv_bn_act(x, conv)
+                assert torch.equal(resnet_fused.conv_bn_act(x, conv._replace(weight=alias)), y)
+                alias[1, 2, 1, 1] += 10 * (1 + i)
+                z = resnet_fused.conv_bn_act(x, conv._replace(weight=alias))
+            with resnet_fused.backend("reference"):
+                want = resnet_fused.conv_bn_act(x, conv)
+            assert (z - want).abs().max() < 1e-4 * want.abs().max()
+            conv.weight.mul_(1.0)  # a new version: a sampled tensor's owner must say so

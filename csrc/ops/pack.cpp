@@ -7,6 +7,7 @@
 #include <atomic>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <unordered_map>
 
@@ -31,6 +32,7 @@ struct Layout {
 
 struct Entry {
   uint64_t stamp = 0;
+  bool inference = false;                   // the weight is an inference tensor
   std::list<Layout> layouts;                // most recently made first
   int64_t new_height = -1, new_width = -1;  // the last input size that had no layout of its own
   int new_calls = 0;                        // with it, running
@@ -102,10 +104,11 @@ bool is_inference(const Tensor& t) {
   return value;
 }
 
-uint64_t version(const Tensor& t) {
+bool version(const Tensor& t, uint64_t* value) {
   StableIValue stack[1] = {boxed(t.share())};
-  call_op("aten::_version", stack);
-  return stack[0];
+  if (torch_call_dispatcher("aten::_version", "", stack, kTorchVersion) != 0) return false;
+  *value = stack[0];
+  return true;
 }
 
 // What a folded and reordered packing depends on beside the weight.
@@ -127,14 +130,21 @@ bool is_split(Form form) { return form == Form::split_tiles || form == Form::spl
 bool is_windows(Form form) { return form == Form::tile_windows || form == Form::split_windows; }
 bool is_tiles(Form form) { return form == Form::tiles || is_split(form) || is_windows(form); }
 
-uint64_t stamp_of(const Conv& conv, Form form) {
+// `inference` says whether the weight is an inference tensor, which has no version, if that is
+// known: asking torch takes 1 us. If it is known wrongly, because two tensors share their memory,
+// the version cannot be had, and torch logs that.
+uint64_t stamp_of(const Conv& conv, Form form, std::optional<bool>& inference) {
   const Tensor& w = conv.weight;
   uint64_t hash = static_cast<uint64_t>(dtype_of(w));
   for (int64_t i = 0; i < 4; ++i)
     hash = hash_cpu(w.sizes() + i, 8, hash_cpu(w.strides() + i, 8, hash));
   if (!is_tiles(form)) hash = folded_stamp(conv, hash);
-  if (is_inference(w)) return hash_cpu(w.data(), extent(w), hash);
-  const uint64_t v = version(w);
+  if (!inference.has_value() || *inference) inference = is_inference(w);
+  uint64_t v = 0;
+  if (*inference || !version(w, &v)) {
+    inference = true;
+    return hash_cpu(w.data(), extent(w), hash);
+  }
   return sample_hash_cpu(w.data(), extent(w), kSamples, hash_cpu(&v, sizeof(v), hash));
 }
 
@@ -291,11 +301,17 @@ std::shared_ptr<const Packed> find(Entry& e, int64_t height, int64_t width, bool
 
 std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form) {
   const Key key{conv.weight.data(), form};
-  const uint64_t stamp = stamp_of(conv, form);
+  Cache& c = cache();
+  std::optional<bool> inference;
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    const auto found = c.entries.find(key);
+    if (found != c.entries.end()) inference = found->second.inference;
+  }
+  const uint64_t stamp = stamp_of(conv, form, inference);
   bool plain = false;
   // A tile packing serves every input.
   int64_t height = is_tiles(form) ? 0 : in[2], width = is_tiles(form) ? 0 : in[3];
-  Cache& c = cache();
   {
     std::lock_guard<std::mutex> lock(c.mutex);
     auto found = c.entries.find(key);
@@ -321,6 +337,7 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
     c.bytes -= e.bytes;
     e = Entry{};
     e.stamp = stamp;
+    e.inference = *inference;
   }
   e.layouts.push_front({height, width, packed});
   e.bytes += bytes;

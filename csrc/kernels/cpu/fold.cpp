@@ -75,6 +75,8 @@ uint64_t sample_hash_cpu(const void* data, size_t bytes, int samples, uint64_t s
   const size_t lines = bytes / kLine, count = static_cast<size_t>(samples);
   if (lines <= count) return hash_cpu(data, bytes, seed);
   const auto* p = static_cast<const unsigned char*>(data);
+  // All misses at once: one after the other they would take 2 us.
+  for (size_t i = 0; i < count; ++i) __builtin_prefetch(p + i * lines / count * kLine);
   uint64_t hash = seed;
   for (size_t i = 0; i < count; ++i) hash = hash_cpu(p + i * lines / count * kLine, kLine, hash);
   return hash;
