@@ -104,4 +104,9 @@ __attribute__((visibility("default"))) int resnet_fused_has_onednn() {
 __attribute__((visibility("default"))) int resnet_fused_has_amx() {
   return resnet_fused::amx_available();
 }
+
+// 1 if this CPU and kernel let the process use AVX-512.
+__attribute__((visibility("default"))) int resnet_fused_has_avx512() {
+  return resnet_fused::avx512_available();
+}
 }

@@ -63,6 +63,7 @@ _build = _build_info()
 _cuda = bool(_build.get("nvcc")) and torch.version.cuda is not None
 _onednn = _library is not None and bool(_library.resnet_fused_has_onednn())
 _amx = _library is not None and bool(_library.resnet_fused_has_amx())
+_avx512 = _library is not None and bool(_library.resnet_fused_has_avx512())
 
 
 def available() -> bool:
@@ -99,6 +100,11 @@ def onednn() -> bool:
 def amx() -> bool:
     """True if this CPU and its kernel let the library use AMX tiles."""
     return _amx
+
+
+def avx512() -> bool:
+    """True if this CPU and its kernel let the library use AVX-512."""
+    return _avx512
 
 
 def compiled_as_constant(function: _F) -> _F:

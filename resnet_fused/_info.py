@@ -46,6 +46,7 @@ def info() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda or "",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "amx": _extension.amx(),
+        "avx512": _extension.avx512(),
         "onednn": _extension.onednn(),
         "cuda_tf32": dispatch.tf32(),
         "cpu_bf16x3": dispatch.bf16x3(),

@@ -75,9 +75,9 @@ def set_batch_invariant(on: bool) -> None:
     batch fills the GPU; results then differ between batch sizes by rounding. On, the order of every
     sum follows from the layer alone, and small batches take longer.
 
-    On a CPU, own kernels (path ``amx``) never depend on the batch. oneDNN, which computes float32,
-    float16 and grouped convolutions, makes no such promise; on, it gets images one by one, which
-    costs 1.1 to 1.6 times the time.
+    On a CPU, own kernels (paths ``amx`` and ``avx512``) never depend on the batch. oneDNN, which
+    computes float16 and grouped convolutions, and all others on other CPUs, makes no such promise;
+    on, it gets images one by one, which costs 1.1 to 1.6 times the time.
 
     Either way the same call gives the same bits. Applies to the whole process, compiled models
     included, from the next call on; not to the path ``reference``, where cuDNN and others decide.
@@ -146,8 +146,9 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups
         groups: the most groups of any of its convolutions.
 
     Returns:
-        ``amx`` (CPU, own kernels on matrix tiles, for float32 as bf16x3; grouped and few-channel
-        convolutions still go to oneDNN), ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu``
+        ``amx`` (CPU, own kernels on matrix tiles, for float32 as bf16x3), ``avx512`` (CPU, own
+        kernels for float32; with either, grouped and few-channel convolutions still go to oneDNN),
+        ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu``
         (own C++), ``cuda`` (own CUDA) or ``reference`` (plain PyTorch), with the reason where there
         is one to give.
     """
@@ -166,7 +167,9 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups
             return Path("onednn", "float16 is computed in float32")
         if dtype == torch.float32 and bf16x3():
             return Path("amx", "float32 is multiplied as bf16x3")
-        return Path("amx" if dtype == torch.bfloat16 and _extension.amx() else "onednn", "")
+        if dtype == torch.float32:
+            return Path("avx512" if _extension.avx512() else "onednn", "")
+        return Path("amx" if _extension.amx() else "onednn", "")
     if device_type == "cuda":
         return _choose_cuda(dtype, op, groups)
     return Path("reference", f"no kernel runs on {device_type}")

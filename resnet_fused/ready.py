@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from operator import getitem, is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +102,11 @@ class Unchanged:
             return False
 
 
-class Ready(NamedTuple):
+class Ready:
     """A fused call that may be made again.
 
-    It lives in the module that makes it; copies and pickles of that have None in its place.
+    It lives in the module that makes it; copies and pickles of that have None in its place. It is
+    no tuple, which torch.export would look into.
 
     Args:
         unchanged: asks the modules.
@@ -115,11 +116,18 @@ class Ready(NamedTuple):
         changes: how often the modules had changed.
     """
 
-    unchanged: Unchanged
-    owner: dict[str, Any]
-    calls: tuple[tuple[Tensor, str, int], ...]
-    made: Any
-    changes: int
+    __slots__ = ("calls", "changes", "made", "owner", "unchanged")
+
+    def __init__(
+        self,
+        unchanged: Unchanged,
+        owner: dict[str, Any],
+        calls: tuple[tuple[Tensor, str, int], ...],
+        made: Any,
+        changes: int,
+    ) -> None:
+        self.unchanged, self.owner, self.calls = unchanged, owner, calls
+        self.made, self.changes = made, changes
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_nothing, ())

@@ -18,10 +18,10 @@ SOURCE = r"""
 using namespace resnet_fused;
 extern "C" {
 int conv_path_of(int dtype, int bf16x3, long c, long groups, long r, long s, long sh, long sw,
-                 long out_w, int tiles) {
+                 long out_w, int tiles, int fma) {
   const int64_t stride[2] = {sh, sw};
   const auto type = static_cast<DType>(dtype);
-  return static_cast<int>(conv_path(type, bf16x3, c, groups, r, s, stride, out_w, tiles));
+  return static_cast<int>(conv_path(type, bf16x3, c, groups, r, s, stride, out_w, tiles, fma));
 }
 long piece(long n, long bytes, long threads) { return images_per_piece(n, bytes, threads); }
 long group(long images, long bytes, long weight_bytes) {
@@ -43,7 +43,7 @@ void planes(long H, long W, long P, long Q, long R, long S, const int64_t* g, in
 }
 """
 F32, BF16, F16 = 0, 1, 2
-TILES, ONEDNN, ONEDNN_F32 = 0, 1, 2
+TILES, FMA, ONEDNN, ONEDNN_F32 = 0, 1, 2, 3
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     command = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*command, str(folder / "plan.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.conv_path_of.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_long] * 7, ctypes.c_int]
+    loaded.conv_path_of.argtypes = [
+        ctypes.c_int,
+        ctypes.c_int,
+        *[ctypes.c_long] * 7,
+        ctypes.c_int,
+        ctypes.c_int,
+    ]
     for name, count in (("piece", 3), ("group", 3), ("filters", 5), ("cover", 6), ("fits", 2)):
         function = getattr(loaded, name)
         function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * count
@@ -65,13 +71,15 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def test_path(plan: ctypes.CDLL) -> None:
     """Breaks if a shape goes where it is wrong or slow."""
-    for c, groups, r, stride, out_w, tiles in itertools.product(
-        (1, 3, 16, 64), (1, 4), (1, 3, 7), (1, 2), (1, 2, 50), (0, 1)
+    for c, groups, r, stride, out_w, tiles, fma in itertools.product(
+        (1, 3, 16, 64), (1, 4), (1, 3, 7), (1, 2), (1, 2, 50), (0, 1), (0, 1)
     ):
-        args = (c, groups, r, r, stride, stride, out_w, tiles)
-        on_tiles = tiles and groups == 1 and c >= 16
-        assert plan.conv_path_of(F32, 0, *args) == ONEDNN
-        assert plan.conv_path_of(F32, 1, *args) == (TILES if on_tiles else ONEDNN)
+        args = (c, groups, r, r, stride, stride, out_w, tiles, fma)
+        own = groups == 1 and c >= 16
+        on_tiles = tiles and own
+        strict = FMA if fma and own else ONEDNN
+        assert plan.conv_path_of(F32, 0, *args) == strict
+        assert plan.conv_path_of(F32, 1, *args) == (TILES if on_tiles else strict)
         assert plan.conv_path_of(F16, 1, *args) == ONEDNN_F32
         path = plan.conv_path_of(BF16, 0, *args)
         if on_tiles:

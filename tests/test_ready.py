@@ -269,3 +269,18 @@ def test_an_absent_attribute_appears() -> None:
     want = expect(block, x)
     close(block(x), want)
     assert not torch.allclose(want, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [native, planned])
+def test_export_and_compile_of_a_called_module(kind: Callable[[], Any]) -> None:
+    """Whoever looks into a module's attributes meets what was kept, and it holds the module."""
+    block, _ = kind()
+    block.eval()
+    x = torch.randn(SIZE, generator=torch.Generator().manual_seed(3))
+    want = [block(x) for _ in range(2)][1].detach()
+    program = torch.export.export(block, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x).detach(), want)
+    assert not any("ready" in name for name, _ in program.named_parameters())
+    assert list(block.state_dict()) == list(copy.deepcopy(block).state_dict())
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x).detach(), want)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Convolution on matrix tiles (Intel AMX, or portable C++ that computes the same): an implicit GEMM
+// Convolution on matrix tiles (Intel AMX), or with fp32 multiply-adds (AVX-512), or in portable C++
+// that computes the same: an implicit GEMM
 //
 //   out[p, q, k] = act(scale[k] * sum_{r, s, c} x[p * stride + r, q * stride + s, c] * w[k, c, r,
 //   s] + shift[k]
@@ -23,6 +24,8 @@
 // each product exact and summed in fp32. What is missing is below 3 * 2^-16 of |x * w|: 2^-16 for
 // either factor, and low(x) * low(w). Three times the products of bf16, five times fewer cycles
 // than fp32 multiply-adds. Split activations have planes of upper halves and planes of lower ones.
+//
+// With fp32 multiply-adds, a row of a plane is 128 bytes.
 #pragma once
 
 #include "dtype.h"
@@ -39,31 +42,38 @@ constexpr int64_t round_up(int64_t v, int64_t multiple) {
   return (v + multiple - 1) / multiple * multiple;
 }
 
+// What a convolution multiplies. bf16x3 has fp32 results and split operands.
+enum class Products { bf16, bf16x3, fp32 };
+
+constexpr int64_t item_bytes(Products products) { return products == Products::bf16 ? 2 : 4; }
+
 struct TileConvParams {
-  bool split;              // bf16x3: fp32 results, split operands
+  Products products;
   const unsigned char* a;  // readable for every tap of every row of the tiles
   int64_t row_bytes;       // from a row to the next
-  int64_t low_bytes;       // split: from upper halves to lower ones
+  int64_t low_bytes;       // bf16x3: from upper halves to lower ones
   // [steps] from a row's first pixel to the operand of each k-step. All taps of 32 channels come
   // before the next 32: neighbouring taps read the same pixels, while these are in L1.
   const int64_t* step_bytes;
   int64_t steps;
-  const int32_t* tiles;    // [2 * blocks] first row of each tile of 16 rows
-  const int32_t* places;   // [32 * blocks] output pixel of each row; -1: computed and dropped
-  const uint16_t* weight;  // packed, see pack_tiles_cpu; split if the operands are
-  const float* scale;      // [round_up(K, 32)], zeros behind K
-  const float* shift;      // [round_up(K, 32)]
-  const void* residual;    // [pixels, K], or null; may be out
+  int64_t depth;          // channels of a k-step: 32, but in fp32 it may be less
+  const int32_t* tiles;   // [2 * blocks] first row of each tile of 16 rows
+  const int32_t* places;  // [32 * blocks] output pixel of each row; -1: computed and dropped
+  const void* weight;     // packed, see pack_tiles_cpu and pack_floats_cpu
+  const float* scale;     // [round_up(K, 32)], zeros behind K
+  const float* shift;     // [round_up(K, 32)]
+  const void* residual;   // [pixels, K], or null; may be out
   // A second convolution whose result is added, or null: its input, k-steps, weight, scale and
   // shift. Its rows are those of this one: the same tiles, the same places. No residual then.
   const TileConvParams* project;
   void* out;
   int64_t K;
   int64_t pixel_bytes, panel_bytes;  // of out: from a pixel, from 32 filters to the next
-  int64_t out_low_bytes;             // split and whole: from upper halves to lower ones
-  bool whole;  // an operand of the next convolution: zeros are written behind K, and fp32 is split
+  int64_t out_low_bytes;             // bf16x3 and whole: from upper halves to lower ones
+  bool whole;  // an operand of the next convolution: zeros are written behind K, and bf16x3 splits
   bool relu;
-  const unsigned char* ahead;  // memory that is needed later, to be fetched into L2 meanwhile
+  // Memory that is needed later, to be fetched into L2 meanwhile; not in fp32, which has time.
+  const unsigned char* ahead;
   int64_t ahead_bytes;
   bool filters_inside;  // loop order: all filters for one block of rows before the next, or the
                         // other way round
@@ -79,23 +89,33 @@ bool tile_conv_amx(const TileConvParams& p, int64_t begin, int64_t end, int64_t 
 bool tile_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                         int64_t n_end);
 
-// `count` pixels of C channels to chunks of 32 channels, with zeros behind C. bf16, or fp32 that is
-// split on the way.
+// The same with fp32 multiply-adds; always true.
+bool fma_conv_avx512(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                     int64_t n_end);
+bool fma_conv_portable(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
+                       int64_t n_end);
+
+// `count` pixels of C channels to chunks of 32 channels, with zeros behind C: bf16, or fp32 that
+// bf16x3 splits on the way.
 struct CopyPixelsParams {
   const unsigned char* from;
   unsigned char* to;
   int64_t count, C;
   int64_t from_bytes, to_bytes;  // from a pixel to the next
   int64_t chunk_bytes;           // from a chunk to the next
-  bool split;
-  int64_t low_bytes;  // split: from upper halves to lower ones
+  Products products;
+  int64_t low_bytes;  // bf16x3: from upper halves to lower ones
 };
 void copy_pixels_amx(const CopyPixelsParams& p);
 void copy_pixels_portable(const CopyPixelsParams& p);
+void copy_floats_avx512(const CopyPixelsParams& p);
+void copy_floats_portable(const CopyPixelsParams& p);
 
 // True if this CPU and kernel let the process use AMX; asks the kernel's permission on the first
 // call.
 bool amx_available();
+// True if this CPU has AVX-512 (F, VL, BW, DQ) and the kernel lets processes use it.
+bool avx512_available();
 
 // Weights [K, C, R, S] (dense bf16) as blocks [K / 32][C / 32][R * S][2 tiles][16 channel pairs][16
 // filters][2], padded with zeros. Fills filter blocks [n_begin, n_end). With `low`, the lower
@@ -106,6 +126,14 @@ struct TilePackParams {
   int64_t K, C, taps;
 };
 void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end);
+
+// The same for fp32 multiply-adds: blocks [K / 32][C / depth][R * S][depth][32 filters].
+struct FloatPackParams {
+  const float* weight;
+  float* packed;
+  int64_t K, C, taps, depth;
+};
+void pack_floats_cpu(const FloatPackParams& p, int64_t n_begin, int64_t n_end);
 
 // Both halves of `count` fp32 values.
 void split_cpu(const float* x, uint16_t* high, uint16_t* low, int64_t count);

@@ -10,7 +10,7 @@
 
 namespace resnet_fused {
 
-enum class ConvPath { tiles, onednn, onednn_f32 };
+enum class ConvPath { tiles, fma, onednn, onednn_f32 };
 
 // True if planes (below) stay within a few times the image. Strides, paddings and dilations beyond
 // those of any network are left to oneDNN.
@@ -42,11 +42,12 @@ constexpr bool map_fits(int64_t H, int64_t W) {
 // pytorch/pytorch#169688 is the 3-d case.
 constexpr ConvPath conv_path(DType dtype, bool bf16x3, int64_t channels_per_group, int64_t groups,
                              int64_t R, int64_t S, const int64_t stride[2], int64_t out_w,
-                             bool tiles) {
+                             bool tiles, bool fma) {
   if (dtype == DType::f16) return ConvPath::onednn_f32;
   const bool multiplied_as_bf16 = dtype == DType::bf16 || (dtype == DType::f32 && bf16x3);
   if (tiles && multiplied_as_bf16 && groups == 1 && channels_per_group >= 16)
     return ConvPath::tiles;
+  if (fma && dtype == DType::f32 && groups == 1 && channels_per_group >= 16) return ConvPath::fma;
   if (dtype != DType::bf16) return ConvPath::onednn;
   const bool narrow = R * S > 1 && std::max(stride[0], stride[1]) > 1 && out_w == 1;
   return narrow ? ConvPath::onednn_f32 : ConvPath::onednn;
@@ -109,9 +110,9 @@ constexpr bool divide_filters(int64_t blocks, int64_t panels, int64_t threads, i
 // Loop order of the tile convolution: true if the input of 32 pixels stays in L1 (of at least 32
 // KB) while all packed weights, which must fit L2, pass by; false if a panel of 32 filters stays
 // while a chunk of rows passes by.
-constexpr bool filters_inside(int64_t steps, bool split, int64_t K) {
+constexpr bool filters_inside(int64_t steps, int64_t item, int64_t K) {
   constexpr int64_t kInput = int64_t{32} << 10, kWeights = int64_t{512} << 10;
-  const int64_t row = steps * (split ? 128 : 64);
+  const int64_t row = steps * 32 * item;
   return row * 32 <= kInput && row * K <= kWeights;
 }
 

@@ -45,12 +45,13 @@ Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, cons
 }
 
 Form form_of(const Conv& conv, const Sizes& in, const Sizes& out, DType dtype, bool bf16x3) {
-  const bool tiles = tiles_available() && planes_fit(conv.stride, conv.padding, conv.dilation) &&
-                     map_fits(in[2], in[3]);
+  const bool fits = planes_fit(conv.stride, conv.padding, conv.dilation) && map_fits(in[2], in[3]);
   const Tensor& w = conv.weight;
-  const ConvPath path = conv_path(dtype, bf16x3, w.size(1), conv.groups, w.size(2), w.size(3),
-                                  conv.stride, out[3], tiles);
+  const ConvPath path =
+      conv_path(dtype, bf16x3, w.size(1), conv.groups, w.size(2), w.size(3), conv.stride, out[3],
+                fits && tiles_available(), fits && fma_available());
   if (path == ConvPath::tiles) return dtype == DType::f32 ? Form::split_tiles : Form::tiles;
+  if (path == ConvPath::fma) return Form::floats;
   const bool wide = path == ConvPath::onednn_f32 || dtype == DType::f32;
   return wide ? Form::folded_f32 : Form::folded_bf16;
 }

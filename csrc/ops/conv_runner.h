@@ -26,8 +26,8 @@ class ConvRunner {
   double out_bound(double bound) const;
 
   // Whether it runs on tiles, and then what a chain of such needs.
-  bool on_tiles() const { return form_ == Form::tiles || form_ == Form::split_tiles; }
-  TileStep tile_step() const { return {&conv_, packed_, &affine_}; }
+  bool on_tiles() const { return is_chained(form_); }
+  TileStep tile_step() const { return {&conv_, packed_, &affine_, products_of(form_)}; }
 
  private:
   const Conv& conv_;

@@ -12,8 +12,7 @@
 #include <unordered_map>
 
 #include "../kernels/conv_bn_act.h"
-#include "../kernels/tile_conv.h"
-#include "tile_conv.h"
+#include "pack_forms.h"
 
 namespace resnet_fused {
 namespace {
@@ -76,16 +75,6 @@ int64_t capacity() {
   return bytes;
 }
 
-// A dense copy in another dtype and order.
-Tensor copy_as(const Tensor& t, int32_t dtype, const Sizes& strides) {
-  Tensor copy = empty_strided(t.shape(), strides, dtype, t);
-  check_torch(aoti_torch_copy_(copy.handle(), t.handle(), 0), "copying a parameter");
-  return copy;
-}
-Tensor copy_as(const Tensor& t, int32_t dtype) {
-  return copy_as(t, dtype, contiguous_strides(t.shape()));
-}
-
 // The bytes that hold t's elements, gaps of strided tensors included.
 size_t extent(const Tensor& t) {
   int64_t last = 0;
@@ -126,10 +115,6 @@ uint64_t folded_stamp(const Conv& conv, uint64_t hash) {
   return hash;
 }
 
-bool is_split(Form form) { return form == Form::split_tiles || form == Form::split_windows; }
-bool is_windows(Form form) { return form == Form::tile_windows || form == Form::split_windows; }
-bool is_tiles(Form form) { return form == Form::tiles || is_split(form) || is_windows(form); }
-
 // `inference` says whether the weight is an inference tensor, which has no version, if that is
 // known: asking torch takes 1 us. If it is known wrongly, because two tensors share their memory,
 // the version cannot be had, and torch logs that.
@@ -148,106 +133,9 @@ uint64_t stamp_of(const Conv& conv, Form form, std::optional<bool>& inference) {
   return sample_hash_cpu(w.data(), extent(w), kSamples, hash_cpu(&v, sizeof(v), hash));
 }
 
-Tensor reorder(Tensor weight, const Conv& conv, const Sizes& in) {
-  auto* input_size = new StableIValue(boxed(in));
-  StableIValue stack[6] = {boxed(std::move(weight)),
-                           boxed(Sizes(conv.padding, conv.padding + 2)),
-                           boxed(Sizes(conv.stride, conv.stride + 2)),
-                           boxed(Sizes(conv.dilation, conv.dilation + 2)),
-                           boxed(conv.groups),
-                           boxed(input_size)};
-  call_op("mkldnn::_reorder_convolution_weight", stack);
-  AtenTensorHandle h = nullptr;
-  std::memcpy(&h, stack, sizeof(h));
-  return Tensor(h);
-}
-
-// [K, C, R, S] as [K, 32, R, 1]: channel s * 4 + c.
-Tensor windows(const Tensor& weight) {
-  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  Tensor wide = empty_strided({K, kTileK, R, 1}, contiguous_strides({K, kTileK, R, 1}),
-                              weight.dtype(), weight);
-  const auto* from = static_cast<const uint16_t*>(weight.data());
-  auto* to = static_cast<uint16_t*>(wide.mutable_data());
-  std::memset(to, 0, static_cast<size_t>(K * kTileK * R) * 2);
-  for (int64_t i = 0; i < K * C * R * S; ++i) {
-    const int64_t s = i % S, r = i / S % R, c = i / (S * R) % C, k = i / (S * R * C);
-    to[(k * kTileK + s * 4 + c) * R + r] = from[i];
-  }
-  return wide;
-}
-
-// Both halves of a weight, dense in the order K, C, R, S.
-std::pair<Tensor, Tensor> split(const Tensor& weight) {
-  const Tensor wide = copy_as(weight, aoti_torch_dtype_float32());
-  Tensor halves[2];
-  for (Tensor& t : halves) {
-    t = empty_strided(weight.shape(), contiguous_strides(weight.shape()),
-                      aoti_torch_dtype_bfloat16(), weight);
-  }
-  split_cpu(static_cast<const float*>(wide.data()),
-            static_cast<uint16_t*>(halves[0].mutable_data()),
-            static_cast<uint16_t*>(halves[1].mutable_data()), wide.numel());
-  return {std::move(halves[0]), std::move(halves[1])};
-}
-
-std::shared_ptr<const Packed> make_tiles(const Conv& conv, Form form) {
-  Tensor weight, low;
-  if (is_split(form)) {
-    std::tie(weight, low) = split(conv.weight);
-  } else {
-    // Rounded to bf16 here if the weight is wider; dense in the order K, C, R, S.
-    weight = copy_as(conv.weight, aoti_torch_dtype_bfloat16());
-  }
-  if (is_windows(form)) {
-    weight = windows(weight);
-    if (low.defined()) low = windows(low);
-  }
-  const int64_t K = conv.channels(), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const int64_t size = round_up(K, kTileN) * round_up(C, kTileK) * taps * (is_split(form) ? 2 : 1);
-  auto packed = std::make_shared<Packed>();
-  packed->weight = empty_strided({size}, {1}, aoti_torch_dtype_bfloat16(), weight);
-  const TilePackParams p{static_cast<const uint16_t*>(weight.data()),
-                         low.defined() ? static_cast<const uint16_t*>(low.data()) : nullptr,
-                         static_cast<uint16_t*>(packed->weight.mutable_data()),
-                         K,
-                         C,
-                         taps};
-  parallel_for(round_up(K, kTileN) / kTileN, 1,
-               [&](int64_t b, int64_t e) { pack_tiles_cpu(p, b, e); });
-  return packed;
-}
-
-std::shared_ptr<const Packed> make_folded(const Conv& conv, const Sizes& in, bool bf16,
-                                          bool plain) {
-  const int64_t K = conv.channels();
-  const Affine affine = read_affine(conv);
-  auto packed = std::make_shared<Packed>();
-  packed->shift = empty_strided({K}, {1}, aoti_torch_dtype_float32(), conv.weight);
-  std::memcpy(packed->shift.mutable_data(), affine.shift.data(),
-              static_cast<size_t>(K) * sizeof(float));
-
-  Tensor weight = copy_as(conv.weight, aoti_torch_dtype_float32());
-  const int64_t per_channel = weight.size(1) * weight.size(2) * weight.size(3);
-  auto* data = static_cast<float*>(weight.mutable_data());
-  parallel_for(K, 1, [&](int64_t begin, int64_t end) {
-    scale_weight_cpu(data, affine.scale.data(), per_channel, begin, end);
-  });
-  const double terms = static_cast<double>(per_channel);
-  packed->gain = terms * double{max_abs_cpu(data, K * per_channel)};
-  packed->offset = double{max_abs_cpu(affine.shift.data(), K)};
-  if (bf16) {
-    // torch wants the bias of a bf16 convolution in bf16, too.
-    weight = copy_as(weight, aoti_torch_dtype_bfloat16());
-    packed->shift = copy_as(packed->shift, aoti_torch_dtype_bfloat16());
-  }
-  packed->weight = plain ? copy_as(weight, weight.dtype(), channels_last_strides(weight.shape()))
-                         : reorder(std::move(weight), conv, in);
-  return packed;
-}
-
-constexpr Form kForms[] = {Form::folded_f32,   Form::folded_bf16, Form::tiles,
-                           Form::tile_windows, Form::split_tiles, Form::split_windows};
+constexpr Form kForms[] = {Form::folded_f32,   Form::folded_bf16,  Form::tiles,
+                           Form::tile_windows, Form::split_tiles,  Form::split_windows,
+                           Form::floats,       Form::float_windows};
 
 // Tensors that must die behind the lock: freeing memory may call Python, and Python drop a packing.
 using Dead = std::vector<Tensor>;
@@ -321,11 +209,12 @@ std::shared_ptr<const Packed> pack(const Conv& conv, const Sizes& in, Form form)
     }
   }
   // Outside the lock: two threads may both pack, and one result is dropped.
-  auto packed = is_tiles(form) ? make_tiles(conv, form)
-                               : make_folded(conv, in, form == Form::folded_bf16, plain);
+  auto packed = make_packed(conv, in, form, plain);
   if (plain) height = width = 0;
   packings.fetch_add(1, std::memory_order_relaxed);
-  const int64_t bytes = conv.weight.numel() * (form == Form::folded_f32 || is_split(form) ? 4 : 2);
+  const int64_t bytes =
+      conv.weight.numel() *
+      (form == Form::folded_bf16 || form == Form::tiles || form == Form::tile_windows ? 2 : 4);
   Tensor held = view(conv.weight, conv.weight.shape(),
                      Sizes(conv.weight.strides(), conv.weight.strides() + 4), 0);
   Dead dead;

@@ -15,18 +15,30 @@
 #include <limits>
 #include <memory>
 
+#include "../kernels/tile_conv.h"
 #include "conv.h"
 
 namespace resnet_fused {
 
 enum class Form {
-  folded_f32,    // BatchNorm folded in, oneDNN's blocked layout, fp32
-  folded_bf16,   // likewise, bf16
-  tiles,         // as it is, in the tile convolution's blocks, bf16
-  tile_windows,  // likewise, a row of the window (8 pixels of 4 channels) as 32 channels of a tap
-  split_tiles,   // like tiles, but fp32 split in two bf16
-  split_windows  // like tile_windows, but split
+  folded_f32,     // BatchNorm folded in, oneDNN's blocked layout, fp32
+  folded_bf16,    // likewise, bf16
+  tiles,          // as it is, in the tile convolution's blocks, bf16
+  tile_windows,   // likewise, a row of the window (8 pixels of 4 channels) as 32 channels of a tap
+  split_tiles,    // like tiles, but fp32 split in two bf16
+  split_windows,  // like tile_windows, but split
+  floats,         // as it is, in the fp32 convolution's blocks
+  float_windows   // likewise, a row of the window as one k-step
 };
+
+// Whether a chain of tile convolutions takes it, and what those multiply.
+constexpr bool is_chained(Form form) {
+  return form == Form::tiles || form == Form::split_tiles || form == Form::floats;
+}
+constexpr Products products_of(Form form) {
+  if (form == Form::floats || form == Form::float_windows) return Products::fp32;
+  return form == Form::tiles || form == Form::tile_windows ? Products::bf16 : Products::bf16x3;
+}
 
 struct Packed {
   Tensor weight;

@@ -44,6 +44,21 @@ void convolve_and_pool(const Conv& conv, const Tensor& any_x, bool bf16x3, const
   }
 }
 
+void run_stem(const Conv& conv, const Tensor& x, bool bf16x3, const Tensor& y) {
+  const DType dtype = dtype_of(x);
+  const bool split = dtype == DType::f32 && bf16x3 && tiles_available();
+  const bool floats = dtype == DType::f32 && !split && fma_available();
+  const bool tiles = dtype == DType::bf16 && tiles_available();
+  if (!(split || floats || tiles) || !tile_stem_fits(conv, x.shape()))
+    return convolve_and_pool(conv, x, bf16x3, y);
+  const Form form = split ? Form::split_windows : floats ? Form::float_windows : Form::tile_windows;
+  const auto packed = pack(conv, x.shape(), form);
+  for (int64_t n : run_tile_stem(conv, *packed, read_affine(conv), products_of(form), x, y)) {
+    const Tensor image = images(x, n, 1), out = images(y, n, 1);
+    split ? run_stem(conv, image, false, out) : convolve_and_pool(conv, image, false, out);
+  }
+}
+
 }  // namespace
 
 void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
@@ -51,19 +66,8 @@ void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
   const Sizes s = check_chain(chain);
   const int64_t N = s[0];
   const Sizes sizes{N, s[1], (s[2] + 1) / 2, (s[3] + 1) / 2};
-  const DType dtype = dtype_of(chain.x);
-  Tensor y = empty_channels_last(sizes, dtype, chain.x);
-  const Conv& conv = chain.convs[0];
-  const bool split = dtype == DType::f32 && chain.bf16x3;
-  const bool on_tiles = (dtype == DType::bf16 || split) && tiles_available();
-  if (N > 0 && on_tiles && tile_stem_fits(conv, chain.x.shape())) {
-    const auto packed =
-        pack(conv, chain.x.shape(), split ? Form::split_windows : Form::tile_windows);
-    for (int64_t n : run_tile_stem(conv, *packed, read_affine(conv), chain.x, y))
-      convolve_and_pool(conv, images(chain.x, n, 1), false, images(y, n, 1));
-  } else if (N > 0) {
-    convolve_and_pool(conv, chain.x, chain.bf16x3, y);
-  }
+  Tensor y = empty_channels_last(sizes, dtype_of(chain.x), chain.x);
+  if (N > 0) run_stem(chain.convs[0], chain.x, chain.bf16x3, y);
   stack[0] = boxed(std::move(y));
 }
 

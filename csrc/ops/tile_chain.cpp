@@ -35,7 +35,7 @@ std::vector<int64_t> run_tile_chain(const std::vector<TileStep>& steps, const Ti
   const auto program = [&](int64_t images, bool inner) {
     return TileProgram(steps, project, x, relu, images, inner);
   };
-  const TileKernels& kernels = tile_kernels();
+  const TileKernels& kernels = tile_kernels(steps[0].products);
   std::vector<char> finite(static_cast<size_t>(N), 1);
   const auto mark = [&](int64_t n, int64_t count) {
     std::fill_n(finite.begin() + n, count, char{0});
@@ -49,7 +49,7 @@ std::vector<int64_t> run_tile_chain(const std::vector<TileStep>& steps, const Ti
     std::optional<TileProgram> grouped;
     if (group > 1) {
       TileProgram outer = program(group, false), inner = program(group, true);
-      grouped = inner.blocks() < outer.blocks() ? std::move(inner) : std::move(outer);
+      grouped = inner.cost() < outer.cost() ? std::move(inner) : std::move(outer);
     }
     // Groups of one size; what is left over comes image by image.
     const TileProgram& main = grouped.has_value() ? *grouped : single;

@@ -15,6 +15,7 @@ struct TileStep {
   const Conv* conv;
   std::shared_ptr<const Packed> packed;
   const Affine* affine;
+  Products products;  // the same of all steps of a chain
 };
 
 // out = act(conv_n(... relu(conv_1(x))) + shortcut) for dense NHWC tensors, bf16 or, with split

@@ -18,10 +18,19 @@ bool tiles_available() {
   return now == kPortable || (now == kAuto && amx_available());
 }
 
-const TileKernels& tile_kernels() {
+bool fma_available() {
+  const int now = path.load(std::memory_order_relaxed);
+  return now == kPortable || (now == kAuto && avx512_available());
+}
+
+const TileKernels& tile_kernels(Products products) {
   static constexpr TileKernels kAmx{tile_conv_amx, copy_pixels_amx};
   static constexpr TileKernels kPlain{tile_conv_portable, copy_pixels_portable};
-  return path.load(std::memory_order_relaxed) == kPortable ? kPlain : kAmx;
+  static constexpr TileKernels kAvx512{fma_conv_avx512, copy_floats_avx512};
+  static constexpr TileKernels kPlainFma{fma_conv_portable, copy_floats_portable};
+  const bool plain = path.load(std::memory_order_relaxed) == kPortable;
+  if (products == Products::fp32) return plain ? kPlainFma : kAvx512;
+  return plain ? kPlain : kAmx;
 }
 
 Affine read_affine(const Conv& conv) {

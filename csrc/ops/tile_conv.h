@@ -16,15 +16,16 @@ struct Affine {
 };
 Affine read_affine(const Conv& conv);
 
-// True if convolutions without groups run on tiles here, in bf16 and bf16x3.
+// True if convolutions without groups run on tiles here: in bf16 and bf16x3; in fp32.
 bool tiles_available();
+bool fma_available();
 
 // The kernels that run them.
 struct TileKernels {
   bool (*conv)(const TileConvParams&, int64_t, int64_t, int64_t, int64_t);
   void (*copy)(const CopyPixelsParams&);
 };
-const TileKernels& tile_kernels();
+const TileKernels& tile_kernels(Products products);
 
 }  // namespace resnet_fused
 

@@ -42,6 +42,12 @@ class Builder {
     map.rows =
         std::max(from_.pixels(), *std::max_element(map.tiles.begin(), map.tiles.end()) + kTileRows +
                                      *std::max_element(map.taps.begin(), map.taps.end()));
+    for (auto at = map.places.begin(); at != map.places.end(); at += from_.part) {
+      // Blocks are made whole in 16 rows a tile.
+      const bool made = from_.part == kTileRows ||
+                        std::any_of(at, at + from_.part, [](int32_t place) { return place >= 0; });
+      map.parts += made ? 1 : 0;
+    }
     find_holes();
     if (from_.images == 1) find_lines();
     return std::move(map);
@@ -96,13 +102,15 @@ class Builder {
   std::vector<size_t> ends_;    // of each tile, in lines_
 };
 
-constexpr int64_t tiles_for(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+constexpr int64_t parts_for(int64_t rows, int64_t part) { return (rows + part - 1) / part; }
 
 // Rows follow each other line by line, `pitch` pixels apart, `count` images at each pixel.
-void add_planes(Builder& builder, int64_t first, int64_t image, int64_t count, int64_t pitch,
-                const Window& w) {
+void add_planes(Builder& builder, int64_t first, int64_t image, int64_t count,
+                const TileLayout& from) {
+  const Window& w = from.window;
+  const int64_t pitch = from.planes.pitch;
   const int64_t line = w.out[1] * count, flat = (w.out[0] - 1) * pitch * count + line;
-  const bool by_line = w.out[0] * tiles_for(line) <= tiles_for(flat);
+  const bool by_line = w.out[0] * parts_for(line, from.part) <= parts_for(flat, from.part);
   const auto row = [&](int64_t at) {
     const int64_t y = at / (pitch * count), x = at / count % pitch;
     const bool exists = at < flat && x < w.out[1];
@@ -135,8 +143,8 @@ void add_dense(Builder& builder, const TileLayout& from, bool in_place) {
 
 }  // namespace
 
-TileLayout tile_layout(const Window& window, int64_t images, bool inner) {
-  TileLayout layout{window, images, window.pointwise(), inner && images > 1, {}};
+TileLayout tile_layout(const Window& window, int64_t images, bool inner, int64_t part) {
+  TileLayout layout{window, images, window.pointwise(), inner && images > 1, part, {}};
   if (!layout.dense) {
     layout.planes =
         plan_planes(window.in[0], window.in[1], window.out[0], window.out[1], window.size[0],
@@ -150,11 +158,10 @@ TileMap make_tile_map(const TileLayout& from, const TileLayout* to, bool in_plac
   if (from.dense) {
     add_dense(builder, from, in_place);
   } else if (from.inner) {
-    add_planes(builder, 0, 0, from.images, from.planes.pitch, from.window);
+    add_planes(builder, 0, 0, from.images, from);
   } else {
     const int64_t each = from.pixels() / from.images;
-    for (int64_t g = 0; g < from.images; ++g)
-      add_planes(builder, g * each, g, 1, from.planes.pitch, from.window);
+    for (int64_t g = 0; g < from.images; ++g) add_planes(builder, g * each, g, 1, from);
   }
   return builder.finish();
 }
@@ -168,7 +175,7 @@ std::shared_ptr<const TileMap> tile_map(const TileLayout& from, const TileLayout
   std::vector<int64_t> key{in_place};
   for (const TileLayout* l : {&from, to}) {
     if (l == nullptr) continue;
-    key.insert(key.end(), {l->images, l->inner});
+    key.insert(key.end(), {l->images, l->inner, l->part});
     const Window& w = l->window;
     for (const auto& pair : {w.in, w.out, w.size, w.stride, w.padding, w.dilation})
       key.insert(key.end(), pair, pair + 2);

@@ -34,6 +34,7 @@ struct TileLayout {
   Window window;
   int64_t images;
   bool dense, inner;
+  int64_t part;   // rows of a tile that a kernel makes or leaves out together: 16, or 8 in fp32
   Planes planes;  // unless dense
 
   // Pixels of the group.
@@ -77,7 +78,7 @@ struct TileLayout {
   }
 };
 
-TileLayout tile_layout(const Window& window, int64_t images, bool inner);
+TileLayout tile_layout(const Window& window, int64_t images, bool inner, int64_t part);
 
 // Pixels [first, first + count) of a layout where no pixel of an image is, and zeros must be.
 struct Hole {
@@ -92,6 +93,7 @@ struct TileMap {
   // it. And for each block: the last input line that it reads.
   std::vector<int32_t> blocks_to_line, last_line;
   std::vector<Hole> holes;  // of the input
+  int64_t parts = 0;        // what a kernel makes: its time
   int64_t rows = 0;         // pixels that the input must have, with what dropped rows read
 
   int64_t blocks() const { return static_cast<int64_t>(tiles.size()) / 2; }

@@ -31,16 +31,17 @@ Window window_of(const Conv& conv, int64_t H, int64_t W) {
 
 TileProgram::TileProgram(const std::vector<TileStep>& steps, const TileStep* project,
                          const Tensor& x, bool relu, int64_t images, bool inner)
-    : split_(dtype_of(x) == DType::f32),
-      item_(split_ ? 4 : 2),
+    : products_(steps[0].products),
+      item_(item_bytes(products_)),
       images_(images),
       C_(x.size(1)),
       size_{x.size(2), x.size(3)} {
   std::vector<TileLayout> layouts;
+  const int64_t part = products_ == Products::fp32 ? 8 : kTileRows;
   int64_t H = size_[0], W = size_[1];
   for (const TileStep& step : steps) {
     const Window w = window_of(*step.conv, H, W);
-    layouts.push_back(tile_layout(w, images, inner && !(layouts.empty() && w.pointwise())));
+    layouts.push_back(tile_layout(w, images, inner && !(layouts.empty() && w.pointwise()), part));
     H = w.out[0];
     W = w.out[1];
   }
@@ -78,16 +79,16 @@ int64_t TileProgram::weight_bytes() const {
   return bytes;
 }
 
-int64_t TileProgram::blocks() const {
+int64_t TileProgram::cost() const {
   int64_t count = 0;
-  for (const Stage& s : stages_) count += s.map->blocks() * s.p.steps * s.panels();
+  for (const Stage& s : stages_) count += s.map->parts * s.p.steps * s.panels();
   return count;
 }
 
 void TileProgram::prepare(unsigned char* scratch) const {
   for (const Stage& s : stages_) {
     if (s.projects) continue;
-    const int64_t planes = s.channels / kTileK * (split_ ? 2 : 1);
+    const int64_t planes = s.channels / kTileK * (products_ == Products::bf16x3 ? 2 : 1);
     for (int64_t i = 0; i < planes; ++i) {
       unsigned char* plane = scratch + s.source + i * s.p.low_bytes;
       for (const Hole& h : s.map->holes)
@@ -155,10 +156,10 @@ Stage& TileProgram::add(const TileStep& step, const TileLayout& layout, const Ti
   Stage& s = begin(step, tile_map(layout, to, in_place));
   s.layout = layout;
   if (reads_x) s.input = Input::copied;
-  if (in_place) s.input = split_ ? Input::copied_by_rows : Input::in_place;
+  if (in_place) s.input = products_ == Products::bf16x3 ? Input::copied_by_rows : Input::in_place;
   s.p.relu = relu;
   s.p.steps = s.channels / kTileK * static_cast<int64_t>(s.map->taps.size());
-  s.p.filters_inside = filters_inside(s.p.steps, s.p.split, s.p.K);
+  s.p.filters_inside = filters_inside(s.p.steps, item_, s.p.K);
   place(s, s.map->taps);
   return s;
 }
@@ -171,8 +172,8 @@ void TileProgram::add_projection(const TileStep& step) {
   s.projects = true;
   s.p.steps = s.channels / kTileK;
   const bool dense = rows.dense && !rows.inner && step.conv->weight.size(1) % kTileK == 0;
-  const bool in_place =
-      dense && !split_ && stride[0] == 1 && stride[1] == 1 && rows.pixels() % kTileM == 0;
+  const bool in_place = dense && products_ != Products::bf16x3 && stride[0] == 1 &&
+                        stride[1] == 1 && rows.pixels() % kTileM == 0;
   s.input = in_place ? Input::in_place : Input::copied;
   s.stride[0] = stride[0];
   s.stride[1] = stride[1];
@@ -184,8 +185,9 @@ Stage& TileProgram::begin(const TileStep& step, std::shared_ptr<const TileMap> m
   Stage& s = stages_.back();
   s.map = std::move(map);
   s.channels = round_up(step.conv->weight.size(1), kTileK);
-  s.p.split = split_;
-  s.p.weight = static_cast<const uint16_t*>(step.packed->weight.data());
+  s.p.products = products_;
+  s.p.depth = kTileK;
+  s.p.weight = step.packed->weight.data();
   s.p.scale = step.affine->scale.data();
   s.p.shift = step.affine->shift.data();
   s.p.K = step.conv->channels();
@@ -199,10 +201,10 @@ void TileProgram::place(Stage& s, const std::vector<int64_t>& taps) {
     s.p.row_bytes = s.pixel_bytes();
     s.chunk_bytes = kTileK * item_;
   } else {
-    s.p.row_bytes = 2 * kTileK;
+    s.p.row_bytes = (products_ == Products::fp32 ? 4 : 2) * kTileK;
     // An odd number of cache lines: what is read together shall not meet in L1's sets.
     s.p.low_bytes = (s.rows() | 1) * s.p.row_bytes;
-    s.chunk_bytes = s.p.low_bytes * (split_ ? 2 : 1);
+    s.chunk_bytes = s.p.low_bytes * (products_ == Products::bf16x3 ? 2 : 1);
   }
   for (int64_t c = 0; c < s.channels / kTileK; ++c) {
     for (int64_t tap : taps) s.step_bytes.push_back(tap * s.p.row_bytes + c * s.chunk_bytes);
@@ -227,7 +229,7 @@ void TileProgram::copy(const Stage& s, const Operands& at, int64_t n, unsigned c
     const unsigned char* image = at.x + (n + g) * size_[0] * W * pixel;
     if (s.projects) {
       kernels.copy({image + y * s.stride[0] * W * pixel, to + l.row(g, y, 0) * s.p.row_bytes,
-                    l.window.out[1], C_, s.stride[1] * pixel, step, s.chunk_bytes, split_,
+                    l.window.out[1], C_, s.stride[1] * pixel, step, s.chunk_bytes, products_,
                     s.p.low_bytes});
       continue;
     }
@@ -238,7 +240,7 @@ void TileProgram::copy(const Stage& s, const Operands& at, int64_t n, unsigned c
       int64_t count = (W - x + stride - 1) / stride;
       if (!l.dense) count = std::min(count, l.planes.width - (x + l.window.padding[1]) / stride);
       kernels.copy({image + (y * W + x) * pixel, to + first * s.p.row_bytes, count, C_,
-                    stride * pixel, step, s.chunk_bytes, split_, s.p.low_bytes});
+                    stride * pixel, step, s.chunk_bytes, products_, s.p.low_bytes});
     }
   }
 }
@@ -276,7 +278,7 @@ bool TileProgram::sweep(const Stage& s, TileConvParams p, int64_t begin, int64_t
       const int64_t first = *tiles.first, count = *tiles.second + kTileRows - first;
       const int64_t pixel = s.pixel_bytes();
       kernels.copy({x + first * pixel, rows, count, s.channels, pixel, p.row_bytes, s.chunk_bytes,
-                    p.split, p.low_bytes});
+                    p.products, p.low_bytes});
       p.a = rows - first * p.row_bytes;
     }
     finite = kernels.conv(p, b, e, n_begin, n_end) && finite;

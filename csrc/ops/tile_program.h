@@ -28,9 +28,11 @@ struct Stage {
   int64_t source = 0, target = -1;  // in scratch; a target of -1 is the output
   int64_t stride[2] = {1, 1};       // of a projection
 
-  int64_t weight_bytes() const { return p.steps * kTileK * panels() * kTileN * (p.split ? 4 : 2); }
+  int64_t weight_bytes() const {
+    return p.steps * p.depth * panels() * kTileN * item_bytes(p.products);
+  }
   int64_t panels() const { return round_up(p.K, kTileN) / kTileN; }
-  int64_t pixel_bytes() const { return channels * (p.split ? 4 : 2); }
+  int64_t pixel_bytes() const { return channels * item_bytes(p.products); }
   int64_t input_bytes() const { return map->rows * pixel_bytes(); }
   // Rows of the input that there are at a time.
   int64_t rows() const {
@@ -64,8 +66,8 @@ class TileProgram {
     return scratch_ + threads * stages_[0].copied_rows_bytes();
   }
   int64_t weight_bytes() const;
-  // Products of 32 x 32 x 32: what it costs.
-  int64_t blocks() const;
+  // What it costs, next to other programs for the same.
+  int64_t cost() const;
   // Zeros where no image is ever written; once per scratch.
   void prepare(unsigned char* scratch) const;
   // Images [n, n + images) on this thread; false if an fp32 result is NaN or infinite.
@@ -111,8 +113,8 @@ class TileProgram {
 
   std::vector<Stage> stages_;  // of the chain, and the projection
   size_t steps_ = 0;           // of the chain
-  bool split_;                 // fp32
-  int64_t item_;               // bytes of an element of x
+  Products products_;
+  int64_t item_;  // bytes of an element of x
   int64_t images_, C_, size_[2];
   int64_t out_pixels_ = 0, K_ = 0, lines_ = 0, strip_ = 1, scratch_ = 0;
 };

@@ -11,14 +11,17 @@
 namespace resnet_fused {
 namespace {
 
-// The input of one image is a zero-padded picture of 4 channels, 8 bytes a pixel. A row of the GEMM
-// is a window's row of 8 pixels, which is a k-step.
+// The input of one image is a zero-padded picture. Tiles want 4 channels, 8 bytes a pixel, and a
+// window's row of 8 pixels as a k-step. In fp32 pixels have their own channels, and windows their
+// own width: nothing is multiplied by zeros.
 class TileStem {
  public:
-  TileStem(const Conv& conv, const Packed& packed, const Affine& affine, const Tensor& x,
-           const Tensor& out)
-      : dtype_(dtype_of(x)),
+  TileStem(const Conv& conv, const Packed& packed, const Affine& affine, Products products,
+           const Tensor& x, const Tensor& out)
+      : products_(products),
+        dtype_(dtype_of(x)),
         item_(item_size(dtype_)),
+        pixel_bytes_(products == Products::fp32 ? 4 * x.size(1) : 8),
         x_(static_cast<const unsigned char*>(x.data())),
         out_(static_cast<unsigned char*>(out.mutable_data())),
         C_(x.size(1)),
@@ -50,15 +53,16 @@ class TileStem {
     }
     per_pool_line_ = per_line;  // two lines of per_line tiles: as many blocks
     for (int64_t r = 0; r < conv.weight.size(2); ++r)
-      taps_.push_back(r * conv.dilation[0] * width_ * kPixelBytes);
-    p_.split = dtype_ == DType::f32;
-    p_.row_bytes = step * kPixelBytes;
+      taps_.push_back(r * conv.dilation[0] * width_ * pixel_bytes_);
+    p_.products = products_;
+    p_.depth = products_ == Products::fp32 ? conv.weight.size(3) * C_ : kTileK;
+    p_.row_bytes = step * pixel_bytes_;
     p_.low_bytes = half_bytes();
     p_.step_bytes = taps_.data();
     p_.steps = conv.weight.size(2);
     p_.tiles = tiles_.data();
     p_.places = places_.data();
-    p_.weight = static_cast<const uint16_t*>(packed.weight.data());
+    p_.weight = packed.weight.data();
     p_.scale = affine.scale.data();
     p_.shift = affine.shift.data();
     p_.K = K_;
@@ -69,7 +73,7 @@ class TileStem {
     strip_ = std::max<int64_t>(kStripBytes / (2 * line_bytes()), 1);
   }
 
-  int64_t picture_bytes() const { return half_bytes() * (p_.split ? 2 : 1); }
+  int64_t picture_bytes() const { return half_bytes() * (p_.products == Products::bf16x3 ? 2 : 1); }
   int64_t strip_bytes() const { return (2 * strip_ + 3) * line_bytes(); }
   int64_t pool_lines() const { return pool_lines_; }
   int64_t lines() const { return lines_; }
@@ -78,14 +82,19 @@ class TileStem {
   bool fill(int64_t n, int64_t begin, int64_t end, unsigned char* picture) const {
     bool finite = true;
     for (int64_t line = begin; line < end; ++line) {
-      unsigned char* to = picture + line * width_ * kPixelBytes;
+      unsigned char* to = picture + line * width_ * pixel_bytes_;
       const int64_t h = line - top_;
-      std::memset(to, 0, static_cast<size_t>(width_ * kPixelBytes));
-      if (p_.split) std::memset(to + half_bytes(), 0, static_cast<size_t>(width_ * kPixelBytes));
+      std::memset(to, 0, static_cast<size_t>(width_ * pixel_bytes_));
+      if (p_.products == Products::bf16x3)
+        std::memset(to + half_bytes(), 0, static_cast<size_t>(width_ * pixel_bytes_));
       if (h < 0 || h >= H_) continue;
-      to += left_ * kPixelBytes;
-      finite = pack_pixels_cpu({x_ + (n * strides_[0] + h * strides_[2]) * item_, p_.split,
-                                reinterpret_cast<uint64_t*>(to),
+      to += left_ * pixel_bytes_;
+      if (products_ == Products::fp32) {
+        pack_floats_line(n, h, reinterpret_cast<float*>(to));
+        continue;
+      }
+      finite = pack_pixels_cpu({x_ + (n * strides_[0] + h * strides_[2]) * item_,
+                                p_.products == Products::bf16x3, reinterpret_cast<uint64_t*>(to),
                                 reinterpret_cast<uint64_t*>(to + half_bytes()), C_, W_, strides_[1],
                                 strides_[3]}) &&
                finite;
@@ -120,16 +129,23 @@ class TileStem {
   }
 
  private:
-  static constexpr int64_t kPixelBytes = 8, kWindowPixels = 8;
+  static constexpr int64_t kWindowPixels = 8;
+  void pack_floats_line(int64_t n, int64_t h, float* to) const {
+    const float* from = reinterpret_cast<const float*>(x_) + n * strides_[0] + h * strides_[2];
+    for (int64_t w = 0; w < W_; ++w) {
+      for (int64_t c = 0; c < C_; ++c) *to++ = from[c * strides_[1] + w * strides_[3]];
+    }
+  }
   int64_t line_bytes() const { return Q_ * K_ * item_; }
   // The picture, or a half of it. The last tiles of a line read up to 15 rows beyond it.
   int64_t half_bytes() const {
-    const int64_t rows = (lines_ * width_ + kWindowPixels) * kPixelBytes;
+    const int64_t rows = (lines_ * width_ + kWindowPixels) * pixel_bytes_;
     return round_up(rows + kTileRows * p_.row_bytes, 64);
   }
 
+  Products products_;
   DType dtype_;
-  int64_t item_;
+  int64_t item_, pixel_bytes_;
   const unsigned char* x_;
   unsigned char* out_;
   int64_t C_, H_, W_, K_, P_, Q_, pool_lines_, pool_columns_, strides_[4];
@@ -148,8 +164,8 @@ bool tile_stem_fits(const Conv& conv, const Sizes& in) {
 }
 
 std::vector<int64_t> run_tile_stem(const Conv& conv, const Packed& packed, const Affine& affine,
-                                   const Tensor& x, const Tensor& out) {
-  const TileStem stem(conv, packed, affine, x, out);
+                                   Products products, const Tensor& x, const Tensor& out) {
+  const TileStem stem(conv, packed, affine, products, x, out);
   uint32_t threads_now = 1;
   check_torch(torch_get_num_threads(&threads_now), "thread count");
   const int64_t N = x.size(0), threads = threads_now, each = N / threads;
@@ -157,7 +173,7 @@ std::vector<int64_t> run_tile_stem(const Conv& conv, const Packed& packed, const
   const int64_t bytes = picture + round_up(stem.strip_bytes(), 4096) + 448;
   const Scratch scratch(static_cast<size_t>(bytes * threads));
   std::vector<char> finite(static_cast<size_t>(N), 1);
-  const TileKernels& kernels = tile_kernels();
+  const TileKernels& kernels = tile_kernels(products);
   if (each > 0) {
     parallel_for(threads, 1, [&](int64_t b, int64_t e) {
       for (int64_t t = b; t < e; ++t) {

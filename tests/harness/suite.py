@@ -26,11 +26,12 @@ PATHS = ("auto", "onednn", "portable", "reference", *BF16X3)
 PATHS += ("cuda",) * torch.cuda.is_available()
 # Where own kernels promise the same bits in every batch and with any number of threads.
 TILES = ("portable",) + ("auto",) * _extension.amx() + BF16X3
+TILES += ("portable float32",) + ("auto float32",) * _extension.avx512()
 
 
 def tile_dtype(path: str) -> torch.dtype:
     """The dtype that goes to tiles on one of TILES."""
-    return torch.float32 if path in BF16X3 else torch.bfloat16
+    return torch.float32 if path in BF16X3 or path.endswith("float32") else torch.bfloat16
 
 
 def make(op: Op, case: Case, dtype: torch.dtype, integer: bool = False) -> Inputs:

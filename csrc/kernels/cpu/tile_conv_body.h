@@ -119,8 +119,8 @@ static RESNET_FUSED_ALWAYS void multiply(const TileConvParams& p, Tiles& tiles, 
 }
 
 static RESNET_FUSED_ALWAYS const unsigned char* panel(const TileConvParams& p, int64_t n) {
-  return reinterpret_cast<const unsigned char*>(p.weight) +
-         n * p.steps * (p.split ? 4 : 2) * kTileBytes;
+  return static_cast<const unsigned char*>(p.weight) +
+         n * p.steps * item_bytes(p.products) * kTileBytes;
 }
 
 template <typename Kind>
@@ -195,8 +195,8 @@ static bool choose(const TileConvParams& p, int64_t begin, int64_t end, int64_t 
 
 static bool tile_conv(const TileConvParams& p, int64_t begin, int64_t end, int64_t n_begin,
                       int64_t n_end) {
-  return p.split ? choose<true>(p, begin, end, n_begin, n_end)
-                 : choose<false>(p, begin, end, n_begin, n_end);
+  return p.products == Products::bf16x3 ? choose<true>(p, begin, end, n_begin, n_end)
+                                        : choose<false>(p, begin, end, n_begin, n_end);
 }
 
 static void copy_pixels(const CopyPixelsParams& p) {
@@ -204,9 +204,9 @@ static void copy_pixels(const CopyPixelsParams& p) {
     const unsigned char* from = p.from + i * p.from_bytes;
     unsigned char* to = p.to + i * p.to_bytes;
     for (int64_t c = 0; c < p.C; c += kTileK) {
-      p.split ? copy_32<true>(from, p.C - c, to, p.low_bytes)
-              : copy_32<false>(from, p.C - c, to, 0);
-      from += (p.split ? 4 : 2) * kTileK;
+      p.products == Products::bf16x3 ? copy_32<true>(from, p.C - c, to, p.low_bytes)
+                                     : copy_32<false>(from, p.C - c, to, 0);
+      from += item_bytes(p.products) * kTileK;
       to += p.chunk_bytes;
     }
   }

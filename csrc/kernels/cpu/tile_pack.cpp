@@ -30,6 +30,21 @@ void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end) {
   }
 }
 
+void pack_floats_cpu(const FloatPackParams& p, int64_t n_begin, int64_t n_end) {
+  const int64_t steps = (p.C + p.depth - 1) / p.depth * p.taps, block = steps * p.depth * kTileN;
+  std::memset(p.packed + n_begin * block, 0, static_cast<size_t>((n_end - n_begin) * block) * 4);
+  for (int64_t n = n_begin; n < n_end; ++n) {
+    for (int64_t f = 0; f < kTileN && n * kTileN + f < p.K; ++f) {
+      const float* from = p.weight + (n * kTileN + f) * p.C * p.taps;
+      for (int64_t c = 0; c < p.C; ++c) {
+        float* to =
+            p.packed + n * block + f + (c / p.depth * p.taps * p.depth + c % p.depth) * kTileN;
+        for (int64_t t = 0; t < p.taps; ++t) to[t * p.depth * kTileN] = from[c * p.taps + t];
+      }
+    }
+  }
+}
+
 namespace {
 
 RESNET_FUSED_CLONES void split(const float* x, uint16_t* high, uint16_t* low, int64_t count) {
