@@ -2,9 +2,9 @@
 """Whole ResNets on a GPU: resnet_fused against eager PyTorch, torch.compile and TensorRT.
 
 `--part grid` times eager in both layouts and resnet_fused, each with and without a CUDA graph, at
-every depth, dtype and batch. `--part compile` times the rivals that take long to build, in a few
-settings. Rows are saved after every setting, so that a run that is stopped keeps what it has, and
-what matters most comes first.
+every depth, dtype and batch, and `resnet_fused.graphed` at batch 1. `--part compile` times the
+rivals that take long to build, in a few settings. Rows are saved after every setting, so that a run
+that is stopped keeps what it has, and what matters most comes first.
 
 A time is that of calls back to back on one input, median over interleaved rounds.
 `--device cpu --quick` tries the script without a GPU.
@@ -26,7 +26,7 @@ import gpu_subjects
 import gpu_timing
 import torch
 from gpu_roofline import Ceilings
-from gpu_subjects import DTYPES, EAGER, FUSED, Runner, Subject
+from gpu_subjects import DTYPES, EAGER, FUSED, GRAPHED, Runner, Subject
 from gpu_timing import Times
 
 from resnet_fused.bench import machine, subjects
@@ -87,7 +87,7 @@ def rows(
             for r in runners
             if r.name in EAGER and r.graph == runner.graph and str(r) in times
         ]
-        demanded = runner.name == FUSED
+        demanded = runner.name in (FUSED, GRAPHED)
         row = {
             "model": setting.model,
             "infer_samples_per_sec": 1e3 * setting.batch / t.median if t else None,

@@ -34,8 +34,9 @@ SHARES = {"build": 90, "test": 150, "sanitize": 80, "bench": 120, "layers": 40, 
 FEWEST_S = {"build": 20, "test": 20, "sanitize": 20, "bench": 15, "layers": 10, "compile": 30}
 TOOLS = ("memcheck", "racecheck", "initcheck")
 # What only a GPU can show, then the ops' suites, of which only the part on the GPU comes first.
+ONLY_ON_A_GPU = ("test_cuda_gpu.py", "test_cuda_graphed.py")
 FIRST = (
-    "test_cuda_gpu.py",
+    *ONLY_ON_A_GPU,
     *(f"test_{op}.py" for op in ("conv_bn_act", "stem", "basic_block", "bottleneck")),
     *("test_pool_linear.py", "test_add_relu.py", "test_nan.py"),
 )
@@ -107,7 +108,8 @@ def run(
 def test_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The test files that come first, in their order, and all that follow, the ops' suites last."""
     first = [folder / name for name in FIRST]
-    return first, sorted(set(folder.rglob("test_*.py")) - set(first)) + first[1:]
+    others = sorted(set(folder.rglob("test_*.py")) - set(first))
+    return first, others + first[len(ONLY_ON_A_GPU) :]
 
 
 def tail(text: str, lines: int = 40) -> str:

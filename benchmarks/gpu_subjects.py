@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from gpu_timing import Call
 from torch import Tensor, nn
 
+import resnet_fused
 from resnet_fused.bench import subjects
 from resnet_fused.bench.contenders import first_line, time_limit
 
@@ -26,6 +28,7 @@ DTYPES = {
 }
 EAGER = ("eager", "channels_last")
 FUSED = "resnet_fused"
+GRAPHED = "resnet_fused graphed"  # what a user calls: new outputs, freshness of the model checked
 FEWEST_COMPILE_S = 15.0
 
 
@@ -125,6 +128,22 @@ def plain_and_fused(subject: Subject, n: int, graphs: bool) -> Iterator[Runner]:
     for graph in (False, True) if graphs else (False,):
         for name, make in makers.items():
             yield build(name, graph, make, subject)
+    if graphs and n == 1:
+        yield build(GRAPHED, False, lambda: graphed(subject.fused, last), subject)
+
+
+def graphed(model: nn.Module, x: Tensor) -> Call:
+    """Calls that are replayed by resnet_fused.graphed.
+
+    Raises:
+        UserWarning: nothing could be captured.
+    """
+    handle = resnet_fused.graphed(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(3):  # the second call captures
+            handle(x)
+    return lambda: handle(x)
 
 
 def tuned_cudnn(subject: Subject, n: int) -> Runner:

@@ -5,6 +5,7 @@ from resnet_fused import models, ops
 from resnet_fused._info import info
 from resnet_fused.dispatch import backend, set_batch_invariant
 from resnet_fused.fuse import fuse, unfuse
+from resnet_fused.graphed import graphed
 from resnet_fused.models import (
     BasicBlock,
     Bottleneck,
@@ -46,6 +47,7 @@ __all__ = [
     "bottleneck",
     "conv_bn_act",
     "fuse",
+    "graphed",
     "info",
     "models",
     "ops",

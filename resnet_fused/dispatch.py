@@ -61,6 +61,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str:
+    """The backend that is forced now, or ``"auto"``."""
+    return _forced
+
+
 def _switch(value: str | None) -> bool:
     """Read ``RESNET_FUSED_BATCH_INVARIANT``; raises ValueError for anything but 0 and 1."""
     if value not in (None, "", "0", "1"):

@@ -21,7 +21,7 @@ from resnet_fused.dispatch import only_torch_ops
 from resnet_fused.fusion.plan import Plan, current_plan, forgotten, survey
 from resnet_fused.fusion.steps import as_eager
 from resnet_fused.fusion.units import child, is_planned
-from resnet_fused.modules import Fused, Site
+from resnet_fused.modules import Fused, Site, is_graphed, ungraphed
 from resnet_fused.ops import ConvBN
 from resnet_fused.ready import NAME, recall
 
@@ -172,6 +172,8 @@ def fuse(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if is_graphed(model):
+        raise TypeError("model is graphed already; call graphed(fuse(model)) instead")
     if verify is not None:
         from resnet_fused.verify import verify as check  # which fuses, too
 
@@ -223,7 +225,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
     """
-    for module in model.modules():
+    for module in ungraphed(model).modules():
         _restore(module)
     return model
 

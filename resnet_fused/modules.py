@@ -56,6 +56,18 @@ class Fused:
         raise NotImplementedError
 
 
+def is_graphed(module: nn.Module) -> bool:
+    """True for what ``graphed`` returns."""
+    return "graphed_from" in type(module).__dict__
+
+
+def ungraphed(module: nn.Module) -> nn.Module:
+    """The model that ``graphed`` was given; any other module as it is."""
+    handle: Any = module
+    model: nn.Module = handle._graphs.model if is_graphed(module) else module
+    return model
+
+
 def pair(value: Any) -> tuple[int, int]:
     """A convolution attribute as (vertical, horizontal)."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet_fused import dispatch
 from resnet_fused.fusion.plan import survey
 from resnet_fused.fusion.units import child, is_native, is_planned, original
-from resnet_fused.modules import QUANTISED, Fused, Site, why_plain
+from resnet_fused.modules import QUANTISED, Fused, Site, ungraphed, why_plain
 
 
 class Row(NamedTuple):
@@ -108,6 +108,7 @@ def report(model: nn.Module) -> Report:
     Returns:
         Rows with ``name``, ``pattern``, ``fused``, ``path`` and ``reason``; prints as a table.
     """
+    model = ungraphed(model)
     claims: dict[int, list[_Claim]] = {}
     for conv, claim in _claims(model):
         claims.setdefault(id(conv), []).append(claim)

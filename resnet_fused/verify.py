@@ -29,7 +29,7 @@ from resnet_fused.fuse import fuse_in_place
 from resnet_fused.fusion import steps
 from resnet_fused.fusion.plan import Plan, current_plan
 from resnet_fused.fusion.units import child, is_native, is_norm, is_planned
-from resnet_fused.modules import Fused
+from resnet_fused.modules import Fused, ungraphed
 from resnet_fused.watched import (
     Watched,
     copy_of,
@@ -106,6 +106,7 @@ def verify(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> Stages:
         ValueError: the original model does not take ``x``.
         VerificationError: the fused model is wrong, or the comparison cannot be made.
     """
+    model = ungraphed(model)
     given = x if isinstance(x, tuple) else (x,)
     if not given or not all(isinstance(a, Tensor) for a in given):
         kinds = ", ".join(type(a).__name__ for a in given)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import resnet_fused
+from fake_graphs import FakeCuda
 from resnet_fused import _extension
+from resnet_fused.graphs import calls, capture
 
 
 @contextmanager
@@ -66,6 +69,18 @@ def force_path() -> Callable[[str], AbstractContextManager[None]]:
     cuda, which computes them on copies on a GPU; or emulated, which runs the CUDA ops on the CPU.
     """
     return _force_path
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """The stand-in for CUDA on which graphed captures CPU tensors; no gradients, warnings raise."""
+    fake = FakeCuda()
+    monkeypatch.setattr(capture, "cuda", fake)
+    monkeypatch.setattr(calls, "DEVICE", "cpu")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.jit")
+        yield fake
 
 
 @pytest.fixture(autouse=True)

@@ -269,6 +269,17 @@ def test_a_rival_that_cannot_run_is_noted(monkeypatch: pytest.MonkeyPatch) -> No
     assert late.call is None and "too few" in late.note
 
 
+def test_graphed_is_measured_at_batch_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of plain calls under the name of replays; a failed capture that is not noted."""
+    subject = gpu_subjects.Subject(models.resnet18().eval(), torch.float32, "cpu", 32)
+    monkeypatch.setattr(timing, "graphed", lambda call, device: (call, call()))
+    with torch.inference_mode():
+        names = [[str(r) for r in gpu_subjects.plain_and_fused(subject, n, True)] for n in (1, 2)]
+        *_, runner = gpu_subjects.plain_and_fused(subject, 1, True)
+    assert set(names[0]) - set(names[1]) == {gpu_subjects.GRAPHED}
+    assert runner.call is None and "graphs run on 'cuda'" in runner.note
+
+
 def test_tf32_is_judged_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager's own TF32 convolutions called wrong by a bound for float32, or float32 on a CPU, or
     strict float32 on a GPU, judged as loosely as TF32."""

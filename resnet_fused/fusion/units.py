@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from resnet_fused.modules import FROZEN, Fused, ends_in_activation
+from resnet_fused.modules import FROZEN, Fused, ends_in_activation, is_graphed
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
@@ -65,7 +65,7 @@ def is_leaf(module: nn.Module) -> bool:
     """True for one operation to its caller: torch's own, any BatchNorm or convolution."""
     if is_norm(module) or is_conv(module) or isinstance(module, torch.jit.ScriptModule):
         return True
-    if is_native(module):
+    if is_native(module) or is_graphed(module):
         return True
     return original(module).__module__.startswith("torch.") and not is_sequential(module)
 
