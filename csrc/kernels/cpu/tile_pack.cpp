@@ -31,15 +31,19 @@ void pack_tiles_cpu(const TilePackParams& p, int64_t n_begin, int64_t n_end) {
 }
 
 void pack_floats_cpu(const FloatPackParams& p, int64_t n_begin, int64_t n_end) {
-  const int64_t steps = (p.C + p.depth - 1) / p.depth * p.taps, block = steps * p.depth * kTileN;
-  std::memset(p.packed + n_begin * block, 0, static_cast<size_t>((n_end - n_begin) * block) * 4);
+  const int64_t filter = p.C * p.taps, rows = (p.C + p.depth - 1) / p.depth * p.depth * p.taps;
+  std::memset(p.packed + n_begin * rows * kTileN, 0,
+              static_cast<size_t>((n_end - n_begin) * rows * kTileN) * 4);
   for (int64_t n = n_begin; n < n_end; ++n) {
-    for (int64_t f = 0; f < kTileN && n * kTileN + f < p.K; ++f) {
-      const float* from = p.weight + (n * kTileN + f) * p.C * p.taps;
-      for (int64_t c = 0; c < p.C; ++c) {
-        float* to =
-            p.packed + n * block + f + (c / p.depth * p.taps * p.depth + c % p.depth) * kTileN;
-        for (int64_t t = 0; t < p.taps; ++t) to[t * p.depth * kTileN] = from[c * p.taps + t];
+    const int64_t left = p.K - n * kTileN, filters = left < kTileN ? left : kTileN;
+    for (int64_t c = 0; c < p.C; ++c) {
+      for (int64_t t = 0; t < p.taps; ++t) {
+        // 32 lines are read from, each to its end; the other way round each line would be written
+        // 32 times.
+        const float* from = p.weight + n * kTileN * filter + c * p.taps + t;
+        const int64_t row = (c / p.depth * p.taps + t) * p.depth + c % p.depth;
+        float* to = p.packed + (n * rows + row) * kTileN;
+        for (int64_t f = 0; f < filters; ++f) to[f] = from[f * filter];
       }
     }
   }
