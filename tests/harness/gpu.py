@@ -27,12 +27,14 @@ def replaced(namespace: Any) -> Iterator[None]:
         return choose("cuda", *args, **kwargs)
 
     torch.ops.resnet_fused, dispatch.choose, _extension._cuda = namespace, as_on_gpu, True
+    onednn, _extension._onednn = _extension._onednn, False  # for the CPU no case is clear
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.ops.resnet_fused, dispatch.choose, _extension._cuda = ops, choose, cuda
+        _extension._onednn = onednn
 
 
 def moved(t: Tensor, device: str) -> Tensor:
