@@ -131,7 +131,7 @@ def _planned_call(
         return None
     convs = plan.convs(owner)
     if not torch.compiler.is_compiling():
-        plan.keep(owner, convs)
+        plan.keep(owner)
     return plan, convs
 
 

@@ -10,7 +10,9 @@ itself: 4 us a block where looking again takes 20 (60 with cold caches).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
 from operator import getitem, is_, itemgetter
 from typing import Any
 
@@ -39,12 +41,13 @@ READS: dict[type, tuple[str, ...]] = {
 
 
 class Unchanged:
-    """Says whether modules are as they were.
+    """Says whether modules are as they were: everything by identity, so that no code of others is
+    run and equal values of another type count as others.
 
     Args:
-        holders: modules whose children count, by name.
-        reads: modules and the attributes of each that count, whose values compare at once;
-            parameters and buffers always count.
+        owner: the module that asks; it is not kept alive.
+        holders: modules whose children count, by name; perhaps ``owner``.
+        reads: modules and the attributes of each that count; parameters and buffers always do.
         silent: those of them that must have no hooks.
         absent: modules and an attribute that must not be there.
     """
@@ -55,50 +58,71 @@ class Unchanged:
         "_hooks",
         "_kinds",
         "_modules",
+        "_owner",
         "_reads",
+        "_sizes",
         "_tensors",
         "_values",
     )
 
     def __init__(
         self,
+        owner: nn.Module,
         holders: Iterable[nn.Module],
         reads: Sequence[tuple[nn.Module, tuple[str, ...]]],
         silent: Collection[nn.Module],
         absent: Iterable[tuple[nn.Module, str]] = (),
     ) -> None:
-        self._modules = [m for m, _ in reads]
-        self._kinds = [type(m) for m in self._modules]
-        self._children = [(m._modules, dict(m._modules)) for m in holders]
+        # None stands for the owner, which would hold itself.
+        def kept(module: nn.Module) -> nn.Module | None:
+            return None if module is owner else module
+
+        self._children = [(kept(m), list(m._modules), list(m._modules.values())) for m in holders]
+        self._modules = [kept(m) for m, _ in reads]
+        self._kinds = [type(m) for m, _ in reads]
         self._reads = [
-            (itemgetter("_parameters", "_buffers", *names), m.__dict__) for m, names in reads
+            (itemgetter("_parameters", "_buffers", *names), kept(m)) for m, names in reads
         ]
         # The dictionaries of hooks themselves, too: some code removes hooks by a new one.
-        self._reads += [(itemgetter(*_HOOKS), m.__dict__) for m in silent]
-        self._values = [get(attributes) for get, attributes in self._reads]
+        self._reads += [(itemgetter(*_HOOKS), kept(m)) for m in silent]
+        self._values = [
+            v for get, m in self._reads for v in get((owner if m is None else m).__dict__)
+        ]
         self._hooks = (*_GLOBAL_HOOKS, *(m.__dict__[name] for m in silent for name in _HOOKS))
-        self._absent = [(m.__dict__, name) for m, name in absent]
+        self._absent = [(kept(m), name) for m, name in absent]
+        held = [d for m, _ in reads for d in (m._parameters, m._buffers)]
+        self._sizes = [(d, len(d)) for d in held if d]
         found = [
-            (tensors, name, tensors[name])
-            for m in self._modules
-            for tensors in (m._parameters, m._buffers)
-            for name in tensors
+            (d, name, d[name])
+            for d, _ in self._sizes
+            for name in d
             if name != "num_batches_tracked"
         ]
         self._tensors = tuple(zip(*found, strict=True)) if found else ((), (), ())
 
-    def __call__(self) -> bool:
+    def _read(self, owner: nn.Module) -> list[tuple[Any, ...]]:
+        return [get((owner if m is None else m).__dict__) for get, m in self._reads]
+
+    def __call__(self, owner: nn.Module) -> bool:
         where, names, tensors = self._tensors
         try:
             return (
                 all(map(is_, map(getitem, where, names), tensors))
-                and [get(attributes) for get, attributes in self._reads] == self._values
-                and all(now == then for now, then in self._children)
-                and [type(m) for m in self._modules] == self._kinds
+                # As many values as there were: each reader always gives the same number.
+                and all(map(is_, chain.from_iterable(self._read(owner)), self._values))
                 and not any(self._hooks)
-                and not any(name in attributes for attributes, name in self._absent)
+                and [type(owner if m is None else m) for m in self._modules] == self._kinds
+                and all(len(d) == size for d, size in self._sizes)
+                and all(
+                    list(now := (owner if m is None else m)._modules) == keys
+                    and all(map(is_, now.values(), children))
+                    for m, keys, children in self._children
+                )
+                and not any(
+                    name in (owner if m is None else m).__dict__ for m, name in self._absent
+                )
             )
-        except (KeyError, RuntimeError):  # a tensor is gone; an attribute has become a tensor
+        except KeyError:  # a tensor or an attribute is gone
             return False
 
 
@@ -110,9 +134,9 @@ class Ready:
 
     Args:
         unchanged: asks the modules.
-        owner: the attributes of the module that it was made for; a shallow copy has others.
+        owner: the module that it was made for; a shallow copy is another.
         calls: weight, op and groups of each call with a convolution, which a GPU may refuse.
-        made: what ``keep`` was given.
+        made: what ``keep`` was told to give.
         changes: how often the modules had changed.
     """
 
@@ -121,7 +145,7 @@ class Ready:
     def __init__(
         self,
         unchanged: Unchanged,
-        owner: dict[str, Any],
+        owner: weakref.ref[nn.Module],
         calls: tuple[tuple[Tensor, str, int], ...],
         made: Any,
         changes: int,
@@ -145,12 +169,19 @@ def of_site(owner: nn.Module, site: Site) -> Unchanged | None:
     modules = [get(owner, name) for name in site.modules]
     if any(type(m) not in READS for m in modules):
         return None
+    reads = [(m, READS[type(m)]) for m in modules]
+    if any(type(m.__dict__.get(name)) is list for m, names in reads for name in names):
+        return None  # which may change unseen
     holders = [m for m in (owner, *modules) if m._modules]
-    return Unchanged(holders, [(m, READS[type(m)]) for m in modules], modules)
+    return Unchanged(owner, holders, reads, modules)
 
 
 def keep(
-    owner: nn.Module, part: str, sites: Iterable[Site], unchanged: Unchanged | None, made: Any
+    owner: nn.Module,
+    part: str,
+    sites: Iterable[Site],
+    unchanged: Unchanged | None,
+    look: Callable[[], Any],
 ) -> None:
     """Remember for ``recall`` that ``owner`` may make its fused calls.
 
@@ -159,7 +190,9 @@ def keep(
         part: the name for a part of ``owner``.
         sites: the calls.
         unchanged: what must be so; None if nothing can be remembered.
-        made: what ``recall`` shall give.
+        look: looks closely and returns what ``recall`` shall give; None if the calls may not be
+            made. It is called after ``unchanged`` was made: what another thread changes meanwhile
+            is in both, or makes ``unchanged`` false.
     """
     # Whose tensors are replaced at every call, as by torch.func.functional_call, gains nothing.
     most_changes = 16
@@ -167,17 +200,20 @@ def keep(
     changes = before if isinstance(before, int) else 0
     if unchanged is None or owner.training or changes > most_changes:
         return
+    made = look()
+    if made is None:
+        return
     calls = []
     for site in sites:
         convs: list[Any] = [get(owner, name) for name in site.convs]
         if convs:
             groups = max(conv.groups for conv in convs)
             calls.append((convs[0].weight, site.pattern, groups))
-    owner.__dict__[NAME + part] = Ready(unchanged, owner.__dict__, tuple(calls), made, changes)
+    owner.__dict__[NAME + part] = Ready(unchanged, weakref.ref(owner), tuple(calls), made, changes)
 
 
 def recall(owner: nn.Module, part: str, x: Any) -> Any:
-    """What ``keep`` was given if that may be done again; None: look closely.
+    """What ``keep`` remembered if that may be done again; None: look closely.
 
     Args:
         owner: as in ``keep``.
@@ -186,16 +222,18 @@ def recall(owner: nn.Module, part: str, x: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return None
+    if owner.training:
+        owner.__dict__.pop(NAME + part, None)  # who trains may replace what it holds
+        return None
     ready: Any = owner.__dict__.get(NAME + part)
     if (
         type(ready) is not Ready
-        or ready.owner is not owner.__dict__
-        or owner.training
+        or ready.owner() is not owner
         or not isinstance(x, Tensor)
         or dispatch.only_torch_ops()
     ):
         return None
-    if not ready.unchanged():
+    if not ready.unchanged(owner):
         owner.__dict__[NAME + part] = ready.changes + 1
         return None
     for weight, op, groups in ready.calls:

@@ -6,8 +6,10 @@ looked at closely without need.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +23,7 @@ from torch.nn.modules import module as global_hooks
 import fuse_zoo
 from fuse_spy import close
 from fuse_zoo import Basic, Net, randomise
-from resnet_cases import plain_block, small
+from resnet_cases import plain, plain_block, small
 from resnet_fused import modules, ready
 from resnet_fused.fuse import fuse, unfuse
 
@@ -228,9 +230,6 @@ def test_modules_are_looked_at_once(
     for n in range(1, 4):
         block(torch.randn(n, *SIZE[1:]))
     assert not looked
-    block.conv1.stride = (1, 1)  # equal, though not the same
-    block(x)
-    assert not looked
     block.bn1.eps *= 2
     block(x)
     assert looked
@@ -284,3 +283,99 @@ def test_export_and_compile_of_a_called_module(kind: Callable[[], Any]) -> None:
     assert list(block.state_dict()) == list(copy.deepcopy(block).state_dict())
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x).detach(), want)
+
+
+@pytest.mark.parametrize("kind", [native, planned])
+def test_a_called_model_dies_with_its_last_reference(kind: Callable[[], Any]) -> None:
+    """A cycle that waits for the collector: the weights, and packed ones, would pile up."""
+    block = kind()[0]
+    block.eval()
+    gc.collect()  # what fuse() needed
+    for _ in range(2):
+        block(torch.randn(SIZE))
+    alive = weakref.ref(block.conv1)
+    gc.disable()
+    try:
+        del block
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_training_lets_go_of_what_was_kept() -> None:
+    """A replaced layer that lives on beside the new one for as long as the model is trained."""
+    block = small().layer1[1]
+    block(torch.randn(SIZE))
+    old = weakref.ref(block.conv1)
+    block.conv1 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    block.train()
+    block(torch.randn(SIZE))
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("kind", [native, planned])
+def test_a_change_while_the_modules_are_looked_at(
+    kind: Callable[[], Any], before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread replaces a weight just before or after the picture is taken."""
+    block, expect = kind()
+    block.eval()
+    x = torch.randn(SIZE, generator=torch.Generator().manual_seed(3))
+    new = nn.Parameter(block.conv1.weight.detach() * 1.5)
+    take = ready.Unchanged.__init__
+
+    def disturbed(self: Any, *args: Any) -> None:
+        if before:
+            block.conv1.weight = new
+        take(self, *args)
+        block.conv1.weight = new
+
+    monkeypatch.setattr(ready.Unchanged, "__init__", disturbed)
+    block(x)
+    monkeypatch.undo()
+    assert block.conv1.weight is new
+    want = expect(block, x)
+    for _ in range(3):
+        close(block(x), want)
+
+
+def _new_modules(block: Any, other: Any) -> None:
+    block._modules = dict(other._modules)
+
+
+def _new_dictionary(block: Any, other: Any) -> None:
+    block.conv1.__dict__ = other.conv1.__dict__
+
+
+@pytest.mark.parametrize("change", [_new_modules, _new_dictionary])
+@pytest.mark.parametrize("kind", [native, planned])
+def test_a_dictionary_is_replaced(
+    kind: Callable[[], Any], change: Callable[[Any, Any], None]
+) -> None:
+    """The module's own dictionaries, not those it had, say what it has."""
+    (block, expect), (other, _) = kind(), kind()
+    block.eval()
+    randomise(other, 8).eval()
+    x = torch.randn(SIZE, generator=torch.Generator().manual_seed(3))
+    before = [block(x) for _ in range(2)][1]
+    change(block, other)
+    want = expect(block, x)
+    for _ in range(2):
+        close(block(x), want)
+    assert not torch.allclose(want, before, atol=1e-3)
+
+
+def test_a_list_that_changes_in_place() -> None:
+    """A pool whose sizes are lists, which stay the same object."""
+    model = small()
+    pool: Any = nn.MaxPool2d([3, 3], [2, 2], [1, 1])  # type: ignore[arg-type]
+    model.maxpool = pool
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(2):
+        before = model(x)
+    pool.kernel_size[0], pool.padding[0] = 2, 0
+    want = plain(model, x)
+    close(model(x), want)
+    assert not torch.allclose(want, before, atol=1e-3)

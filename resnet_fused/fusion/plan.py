@@ -153,14 +153,22 @@ class Plan:
         """What ``run`` wants beside the tensors, read off the modules."""
         return [conv_bn(child(owner, p.conv), child(owner, p.bn)) for p in self.pairs]
 
-    def keep(self, owner: nn.Module, convs: list[ConvBN]) -> None:
-        """Spare the next call ``changed``, ``why_plain`` and ``convs``: see ``ready``."""
+    def look(self, owner: nn.Module) -> tuple[Plan, list[ConvBN]] | None:
+        """What ``ready`` remembers, if nothing ``changed`` and there is no reason ``why_plain``."""
+        if self.changed(owner) is not None or self.why_plain(owner) is not None:
+            return None
+        return self, self.convs(owner)
+
+    def keep(self, owner: nn.Module) -> None:
+        """Spare the next call to ``look``: see ``ready``."""
         reads: dict[str, dict[str, None]] = {path: {} for path in self.inlined}
         holders, absent = {""}, []
         for path in self.eval_only:
             reads.setdefault(path, {})["training"] = None
-        for parts, children, attributes, _ in self.watched:
+        for parts, children, attributes, tensors in self.watched:
             path = ".".join(parts)
+            if tensors:
+                reads.setdefault(path, {})
             if children is not None:
                 holders.add(path)
             for name, value, frozen in attributes:
@@ -183,12 +191,13 @@ class Plan:
                 path = path.rpartition(".")[0]
                 holders.add(path)
         unchanged = Unchanged(
+            owner,
             [child(owner, path) for path in holders],
             [(child(owner, path), tuple(names)) for path, names in reads.items()],
             [child(owner, path) for path in silent],
             absent,
         )
-        keep(owner, "plan", self.sites, unchanged, (self, convs))
+        keep(owner, "plan", self.sites, unchanged, lambda: self.look(owner))
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """True for a call like the one that was traced: the required tensors and nothing else."""

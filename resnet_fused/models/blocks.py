@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resnet_fused import ops, ready
+from resnet_fused import ops
 from resnet_fused.models import sites
 from resnet_fused.modules import Fused, Site, conv_bn
 
@@ -60,19 +60,17 @@ class Block(Fused, nn.Module):
         Returns:
             Shape [N, planes * expansion, ceil(H / stride), ceil(W / stride)].
         """
-        known = ready.recall(self, "block", x)
-        if known is not None:
-            return self._fused(x, *known)
+        call = sites.call(self, "block", x, self._look)
+        return self._plain(x) if call is None else self._fused(x, *call[1])
+
+    def _look(self, x: Tensor) -> tuple[Site, Any] | None:
         site = self._site()
         if site is None or sites.why_plain(self, site, x) is not None:
-            return self._plain(x)
+            return None
         down = self.downsample
-        convs = (
-            *self._convs(),
-            None if down is None else conv_bn(*down._modules.values()),
-        )
-        sites.keep(self, "block", site, convs)
-        return self._fused(x, *convs)
+        # By name: a Sequential copies its children to find one by number.
+        project = None if down is None else conv_bn(down._modules["0"], down._modules["1"])
+        return site, (*self._convs(), project)
 
     def _plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError

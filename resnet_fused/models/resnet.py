@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import ops, ready
+from resnet_fused import ops
 from resnet_fused.models import sites
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, Norm, conv1x1, conv3x3
 from resnet_fused.models.weights import build, fix
@@ -171,20 +171,21 @@ class ResNet(Fused, nn.Module):
         return x
 
     def _stem(self, x: Tensor) -> Tensor:
-        known = ready.recall(self, "stem", x)
-        if known is not None:
-            site, conv = known
-        else:
-            found = self._stem_site()
-            if found is None or sites.why_plain(self, found, x) is not None:
-                y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-                return y
-            site, conv = found, conv_bn(self.conv1, self.bn1)
-            sites.keep(self, "stem", site, (site, conv))
+        call = sites.call(self, "stem", x, self._look_at_stem)
+        if call is None:
+            y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            return y
+        site, conv = call
         if site is sites.STEM:
             return ops.stem(x, conv)
         y = self.maxpool(ops.conv_bn_act(x, conv))
         return y
+
+    def _look_at_stem(self, x: Tensor) -> tuple[Site, Any] | None:
+        site = self._stem_site()
+        if site is None or sites.why_plain(self, site, x) is not None:
+            return None
+        return site, conv_bn(self.conv1, self.bn1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global pool and classifier.
@@ -197,19 +198,17 @@ class ResNet(Fused, nn.Module):
             Logits, shape [N, num_classes]; with ``pre_logits`` the pooled features,
             shape [N, 512 * expansion].
         """
-        if not pre_logits and self._fuses_head(x):
-            return ops.pool_linear(x, self.fc.weight, self.fc.bias)
+        call = None if pre_logits else sites.call(self, "head", x, self._look_at_head)
+        if call is not None:
+            return ops.pool_linear(x, *call[1])
         x = torch.flatten(self.avgpool(x), 1)
         return x if pre_logits else self.fc(x)
 
-    def _fuses_head(self, x: Tensor) -> bool:
-        if ready.recall(self, "head", x):
-            return True
+    def _look_at_head(self, x: Tensor) -> tuple[Site, Any] | None:
         site = self._head_site()
         if site is None or sites.why_plain(self, site, x) is not None:
-            return False
-        sites.keep(self, "head", site, True)
-        return True
+            return None
+        return site, (self.fc.weight, self.fc.bias)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,10 +66,25 @@ def why_plain(owner: nn.Module, site: Site, x: Any) -> str | None:
     return "only torch's operations" if only_torch_ops() else modules.why_plain(owner, site)
 
 
-def keep(owner: nn.Module, part: str, site: Site, made: Any) -> None:
-    """Spare the next call of ``owner`` a close look: see ``resnet_fused.ready``."""
-    if not torch.compiler.is_compiling():
-        ready.keep(owner, part, (site,), ready.of_site(owner, site), made)
+def call(
+    owner: nn.Module, part: str, x: Any, look: Callable[[Any], tuple[Site, Any] | None]
+) -> tuple[Site, Any] | None:
+    """What ``look(x)`` gives, or gave when the modules were as they are: see ``ready``.
+
+    Args:
+        owner: makes the call.
+        part: the name for a part of ``owner``.
+        x: the input of this call.
+        look: looks closely; returns a fused call and what it needs, or None for plain modules.
+    """
+    known: tuple[Site, Any] | None = ready.recall(owner, part, x)
+    if known is not None:
+        return known
+    found = look(x)
+    if found is not None and not torch.compiler.is_compiling():
+        site = found[0]
+        ready.keep(owner, part, (site,), ready.of_site(owner, site), lambda: look(x))
+    return found
 
 
 def is_stem_pool(pool: nn.Module | None) -> bool:
