@@ -153,9 +153,8 @@ def choose(device_type: str, dtype: torch.dtype, op: str = "conv_bn_act", groups
     Returns:
         ``amx`` (CPU, own kernels on matrix tiles, for float32 as bf16x3), ``avx512`` (CPU, own
         kernels for float32; with either, grouped and few-channel convolutions still go to oneDNN),
-        ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu``
-        (own C++), ``cuda`` (own CUDA) or ``reference`` (plain PyTorch), with the reason where there
-        is one to give.
+        ``onednn`` (CPU, torch's oneDNN convolutions), ``cpu`` (own C++), ``cuda`` (own CUDA) or
+        ``reference`` (plain PyTorch), with the reason where there is one to give.
     """
     if _forced == "reference":
         return Path("reference", "forced by backend('reference') or RESNET_FUSED_BACKEND")

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from resnet_fused import dispatch
 from resnet_fused.ops.conv_bn import ConvBN
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(getattr(global_hooks, f"_global{kind}") for kind in HOOKS)
 # Frozen variants hold buffers of the same names and behave as BatchNorm in eval mode; each library
 # has its own.
 FROZEN = ("FrozenBatchNorm2d",)

@@ -18,10 +18,15 @@ SOURCE = r"""
 using namespace resnet_fused;
 extern "C" {
 int conv_path_of(int dtype, int bf16x3, long c, long groups, long r, long s, long sh, long sw,
-                 long out_w, int tiles, int fma) {
+                 long out_w, int outside, int tiles, int fma) {
   const int64_t stride[2] = {sh, sw};
   const auto type = static_cast<DType>(dtype);
-  return static_cast<int>(conv_path(type, bf16x3, c, groups, r, s, stride, out_w, tiles, fma));
+  return static_cast<int>(conv_path(type, bf16x3, c, groups, r, s, stride, out_w, outside, tiles,
+                                    fma));
+}
+int outside(long r, long s, long ph, long pw, long dh, long dw) {
+  const int64_t padding[2] = {ph, pw}, dilation[2] = {dh, dw};
+  return reaches_outside(r, s, padding, dilation);
 }
 long piece(long n, long bytes, long threads) { return images_per_piece(n, bytes, threads); }
 long group(long images, long bytes, long weight_bytes) {
@@ -57,13 +62,18 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run([*command, str(folder / "plan.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.conv_path_of.argtypes = [
-        ctypes.c_int,
-        ctypes.c_int,
+        *[ctypes.c_int] * 2,
         *[ctypes.c_long] * 7,
-        ctypes.c_int,
-        ctypes.c_int,
+        *[ctypes.c_int] * 3,
     ]
-    for name, count in (("piece", 3), ("group", 3), ("filters", 5), ("cover", 6), ("fits", 2)):
+    for name, count in (
+        ("piece", 3),
+        ("group", 3),
+        ("filters", 5),
+        ("cover", 6),
+        ("fits", 2),
+        ("outside", 6),
+    ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * count
     return loaded
@@ -71,11 +81,11 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def test_path(plan: ctypes.CDLL) -> None:
     """Breaks if a shape goes where it is wrong or slow."""
-    for c, groups, r, stride, out_w, tiles, fma in itertools.product(
-        (1, 3, 16, 64), (1, 4), (1, 3, 7), (1, 2), (1, 2, 50), (0, 1), (0, 1)
+    for c, groups, r, stride, out_w, outside, tiles, fma in itertools.product(
+        (1, 3, 16, 64), (1, 4), (1, 3, 7), (1, 2), (1, 2, 50), (0, 1), (0, 1), (0, 1)
     ):
-        args = (c, groups, r, r, stride, stride, out_w, tiles, fma)
-        own = groups == 1 and c >= 16
+        args = (c, groups, r, r, stride, stride, out_w, outside, tiles, fma)
+        own = groups == 1 and (c >= 16 or outside)
         on_tiles = tiles and own
         strict = FMA if fma and own else ONEDNN
         assert plan.conv_path_of(F32, 0, *args) == strict
@@ -87,6 +97,15 @@ def test_path(plan: ctypes.CDLL) -> None:
         else:
             # The AMX bug of oneDNN: never a strided window with an output one pixel wide.
             assert path == (ONEDNN_F32 if r > 1 and stride > 1 and out_w == 1 else ONEDNN)
+
+
+def test_windows_in_the_padding(plan: ctypes.CDLL) -> None:
+    """Breaks if a window without a pixel of the image is not seen, or one is seen that is none."""
+    for size, padding, dilation in itertools.product((1, 2, 3, 7), (0, 1, 2, 3, 7), (1, 2, 3)):
+        first = range(-padding, -padding + dilation * (size - 1) + 1, dilation)
+        alone = all(at < 0 for at in first)
+        assert plan.outside(size, 3, padding, 0, dilation, 1) == alone
+        assert plan.outside(3, size, 0, padding, 1, dilation) == alone
 
 
 def test_pieces_cover_all_images(plan: ctypes.CDLL) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from harness.bounds import assert_within
 from harness.case import DTYPES, Inputs, Source
+from harness.suite import TILES, products, tile_dtype
 from harness.table import TABLE
 
 SMALL = (1, 2, 3)
@@ -82,3 +84,20 @@ def test_stem_head_and_add(dtype: torch.dtype) -> None:
     ]
     check("pool_linear", dtype, head)
     check("add_relu", dtype, [((s.normal(*shape), s.normal(*shape)), {}) for shape in sizes])
+
+
+@pytest.mark.parametrize("path", TILES)
+def test_windows_that_lie_in_the_padding(path: str, force_path: Any) -> None:
+    """Breaks with the process: on these oneDNN 3.12 reads where nothing is, if there is a bias.
+
+    Few channels, which else go there; a window of 16 positions beside images one pixel wide.
+    """
+    op, s = TABLE["conv_bn_act"], Source(tile_dtype(path))
+    for c in (2, 3, 15):
+        options: dict[str, Any] = {"stride": (1, 5), "padding": (1, 7), "dilation": (1, 3)}
+        conv = s.conv(c, 64, 1, **options)
+        conv = conv._replace(weight=s.normal(64, c, 6, 1))
+        args = (s.image(1, c, 15, 1), conv)
+        with force_path(path):
+            got = op.call(*args)
+        assert_within(got, op.exact(tile_dtype(path), products(path), *args))

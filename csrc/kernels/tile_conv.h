@@ -37,6 +37,7 @@ constexpr int64_t kTileN = 32;  // filters of a block: two tiles
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileM = 32;  // pixels of a block: two tiles
 constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kFmaRows = 8;  // of a tile, that fp32 makes or leaves out together
 
 constexpr int64_t round_up(int64_t v, int64_t multiple) {
   return (v + multiple - 1) / multiple * multiple;

@@ -28,11 +28,20 @@ constexpr bool map_fits(int64_t H, int64_t W) {
   return H <= kMost && W <= kMost && (H + 128) * (W + 128) <= kMost;
 }
 
+// True if some window of a convolution may lie in its padding alone.
+constexpr bool reaches_outside(int64_t R, int64_t S, const int64_t padding[2],
+                               const int64_t dilation[2]) {
+  return padding[0] > dilation[0] * (R - 1) || padding[1] > dilation[1] * (S - 1);
+}
+
 // The way of one convolution; `tiles` says whether the tile kernels can take it at all, `bf16x3`
 // whether fp32 may be multiplied so.
 //
-// bf16, and fp32 as bf16x3, go to the tile kernels, except grouped convolutions and those with
-// fewer channels than half a k-step, whose padding would cost more than the kernel gains.
+// bf16, and fp32 as bf16x3, go to the tile kernels, and other fp32 to those of multiply-adds (`fma`
+// says whether they can take it), except grouped convolutions and those with fewer channels than
+// half a k-step, whose padding would cost more than the kernel gains. With `outside`, these go
+// there as well: oneDNN (3.12) crashes on some shapes with windows that lie in the padding alone,
+// if there is a bias, as BatchNorm makes one.
 //
 // fp16 goes through fp32: BatchNorm folded into weights leaves fp16's range or precision for
 // ordinary statistics.
@@ -42,12 +51,12 @@ constexpr bool map_fits(int64_t H, int64_t W) {
 // pytorch/pytorch#169688 is the 3-d case.
 constexpr ConvPath conv_path(DType dtype, bool bf16x3, int64_t channels_per_group, int64_t groups,
                              int64_t R, int64_t S, const int64_t stride[2], int64_t out_w,
-                             bool tiles, bool fma) {
+                             bool outside, bool tiles, bool fma) {
   if (dtype == DType::f16) return ConvPath::onednn_f32;
   const bool multiplied_as_bf16 = dtype == DType::bf16 || (dtype == DType::f32 && bf16x3);
-  if (tiles && multiplied_as_bf16 && groups == 1 && channels_per_group >= 16)
-    return ConvPath::tiles;
-  if (fma && dtype == DType::f32 && groups == 1 && channels_per_group >= 16) return ConvPath::fma;
+  const bool own = groups == 1 && (channels_per_group >= 16 || outside);
+  if (tiles && multiplied_as_bf16 && own) return ConvPath::tiles;
+  if (fma && dtype == DType::f32 && own) return ConvPath::fma;
   if (dtype != DType::bf16) return ConvPath::onednn;
   const bool narrow = R * S > 1 && std::max(stride[0], stride[1]) > 1 && out_w == 1;
   return narrow ? ConvPath::onednn_f32 : ConvPath::onednn;

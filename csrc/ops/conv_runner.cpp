@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "conv_runner.h"
 
-#include <algorithm>
-
 #include "../kernels/conv_bn_act.h"
 #include "conv_plan.h"
 
@@ -49,15 +47,10 @@ Tensor onednn_conv(const Tensor& x, const Packed& packed, const Conv& conv, cons
 Form form_of(const Conv& conv, const Sizes& in, const Sizes& out, DType dtype, bool bf16x3) {
   const bool fits = planes_fit(conv.stride, conv.padding, conv.dilation) && map_fits(in[2], in[3]);
   const Tensor& w = conv.weight;
-  // oneDNN 3.12 crashes on some shapes with windows that lie in the padding alone: not with few
-  // channels' good reason to go there.
-  bool outside = false;
-  for (int i = 0; i < 2; ++i)
-    outside = outside || conv.padding[i] > conv.dilation[i] * (w.size(2 + i) - 1);
-  const int64_t channels = outside ? std::max<int64_t>(w.size(1), 16) : w.size(1);
+  const bool outside = reaches_outside(w.size(2), w.size(3), conv.padding, conv.dilation);
   const ConvPath path =
-      conv_path(dtype, bf16x3, channels, conv.groups, w.size(2), w.size(3), conv.stride, out[3],
-                fits && tiles_available(), fits && fma_available());
+      conv_path(dtype, bf16x3, w.size(1), conv.groups, w.size(2), w.size(3), conv.stride, out[3],
+                outside, fits && tiles_available(), fits && fma_available());
   if (path == ConvPath::tiles) return dtype == DType::f32 ? Form::split_tiles : Form::tiles;
   if (path == ConvPath::fma) return Form::floats;
   const bool wide = path == ConvPath::onednn_f32 || dtype == DType::f32;

@@ -18,10 +18,9 @@ struct TileStep {
   Products products;  // the same of all steps of a chain
 };
 
-// out = act(conv_n(... relu(conv_1(x))) + shortcut) for dense NHWC tensors, bf16 or, with split
-// weights, fp32. The shortcut is project(x) if there is a `project`, else `residual`, which may be
-// absent. Returns the images of an fp32 result in which something is NaN or infinite: there bf16x3
-// may differ in kind from fp32.
+// out = act(conv_n(... relu(conv_1(x))) + shortcut) for dense NHWC tensors. The shortcut is
+// project(x) if there is a `project`, else `residual`, which may be absent. Returns the images of a
+// bf16x3 result in which something is NaN or infinite: there it may differ in kind from fp32.
 std::vector<int64_t> run_tile_chain(const std::vector<TileStep>& steps, const TileStep* project,
                                     const Tensor& x, const Tensor& residual, bool relu,
                                     const Tensor& out);

@@ -37,7 +37,7 @@ TileProgram::TileProgram(const std::vector<TileStep>& steps, const TileStep* pro
       C_(x.size(1)),
       size_{x.size(2), x.size(3)} {
   std::vector<TileLayout> layouts;
-  const int64_t part = products_ == Products::fp32 ? 8 : kTileRows;
+  const int64_t part = products_ == Products::fp32 ? kFmaRows : kTileRows;
   int64_t H = size_[0], W = size_[1];
   for (const TileStep& step : steps) {
     const Window w = window_of(*step.conv, H, W);

@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _NormBase
 
 from resnet_fused.graphs.calls import Refused
+from resnet_fused.modules import GLOBAL_HOOKS, HOOKS
 
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 _TRAINING = operator.itemgetter("training")
 FORGOTTEN = "the model is in training mode: call eval()"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Change(NamedTuple):
@@ -63,7 +62,7 @@ class Snapshot:
         if reason:
             raise Refused(reason)
         below = self._modules[1:]  # the model's own hooks run around the graph
-        self._hooks = [m.__dict__[name] for m in below for name in _HOOKS]
+        self._hooks = [m.__dict__[name] for m in below for name in HOOKS]
         reason = self._why_hooked()
         if reason:
             raise Refused(reason)
@@ -92,7 +91,7 @@ class Snapshot:
         if list(map(_TRAINING, self._owners)) != self._modes:
             reason = self._why_training()
             return Change(reason or "modules changed their mode", stale=not reason)
-        if any(self._hooks) or _any_global_hook():
+        if any(self._hooks) or any(GLOBAL_HOOKS):
             reason = self._why_hooked()
             if reason:
                 return Change(reason, stale=False)
@@ -125,21 +124,12 @@ class Snapshot:
         return None
 
     def _why_hooked(self) -> str | None:
-        if _any_global_hook():
+        if any(GLOBAL_HOOKS):
             return "a global hook"
         for module in self._modules[1:]:
-            if any(getattr(module, name) for name in _HOOKS):
+            if any(getattr(module, name) for name in HOOKS):
                 return f"a hook on '{self._names[id(module)]}'"
         return None
-
-
-def _any_global_hook() -> bool:
-    return bool(
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
 
 
 def _check_kind(module: nn.Module) -> None:

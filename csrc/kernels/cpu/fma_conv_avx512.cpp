@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The fp32 tile convolution for AVX-512; the only other file than tile_conv_amx.cpp that is
-// compiled for it.
+// The fp32 tile convolution for AVX-512; what tile_conv_amx.cpp says of such files holds here.
 #include "../tile_conv.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)

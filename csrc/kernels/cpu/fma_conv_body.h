@@ -15,7 +15,7 @@ namespace resnet_fused {
 namespace RESNET_FUSED_FMA {
 
 constexpr int kLanes = 16;
-constexpr int kRows = 8;
+constexpr int kRows = kFmaRows;
 static_assert(kTileN == 2 * kLanes && kTileRows % kRows == 0, "filters fill two registers");
 
 // GCC's vectors, which it splits where registers are narrower.
@@ -25,7 +25,9 @@ typedef float Memory __attribute__((vector_size(64), aligned(4), may_alias));
 static RESNET_FUSED_ALWAYS Vector load(const float* p) {
   return *reinterpret_cast<const Memory*>(p);
 }
-static RESNET_FUSED_ALWAYS void store(float* p, Vector v) { *reinterpret_cast<Memory*>(p) = v; }
+static RESNET_FUSED_ALWAYS void store(float* p, const Vector& v) {
+  *reinterpret_cast<Memory*>(p) = v;
+}
 static RESNET_FUSED_ALWAYS Vector broadcast(const unsigned char* p) {
   float f;
   std::memcpy(&f, p, 4);
@@ -106,7 +108,7 @@ struct Sums {
 };
 
 // NaN is not below 0, and stays.
-static RESNET_FUSED_ALWAYS Vector relu(Vector v) { return v < Vector{} ? Vector{} : v; }
+static RESNET_FUSED_ALWAYS Vector relu(const Vector& v) { return v < Vector{} ? Vector{} : v; }
 
 // The first `count` of 32 floats; the others are 0.
 static RESNET_FUSED_ALWAYS void load_some(const float* p, int64_t count, Vector (&v)[2]) {
@@ -119,6 +121,7 @@ static RESNET_FUSED_ALWAYS void load_some(const float* p, int64_t count, Vector 
 // The results of kRows pixels and 32 filters, from their normalised sums.
 static RESNET_FUSED_ALWAYS void finish(const TileConvParams& p, const Sums& sums,
                                        const float* projected, const int32_t* places, int64_t n) {
+  // A copy: an index that is known only when it runs would keep the sums out of registers.
   Vector results[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tile convolution for AMX. Only this file is compiled for AMX and AVX-512, so nothing else can
-// hold such an instruction; it uses no C++ library template, whose copy the linker might hand to
-// other files.
+// The tile convolution for AMX. Only this file is compiled for AMX, and for AVX-512 only this one
+// and fma_conv_avx512.cpp, so nothing else can hold such an instruction; they use no C++ library
+// template, whose copy the linker might hand to other files.
 #include "../tile_conv.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
