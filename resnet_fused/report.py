@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet_fused import dispatch
 from resnet_fused.fusion.plan import survey
 from resnet_fused.fusion.units import child, is_native, is_planned, original
-from resnet_fused.modules import QUANTISED, Fused, Site, ungraphed, why_plain
+from resnet_fused.modules import QUANTISED, Fused, Site, pair, ungraphed, why_plain
 
 
 class Row(NamedTuple):
@@ -160,10 +160,28 @@ def _claim_site(
         yield conv, _Claim(rank, site.pattern, reason, groups)
 
 
+def _why_onednn(conv: Any, pattern: str) -> str:
+    """Why a CPU's own kernels leave a convolution to oneDNN, as csrc/ops/conv_plan.h decides; empty
+    if they do not.
+    """
+    if conv.groups > 1:
+        return "own kernels take no grouped convolutions"
+    channels, (_, window) = conv.weight.shape[1], conv.kernel_size
+    if pattern == "stem" and channels <= 4 and window <= 8 and conv.dilation[1] == 1:
+        return ""
+    if channels >= 16:
+        return ""
+    sizes = zip(pair(conv.padding), conv.dilation, conv.kernel_size, strict=True)
+    outside = any(padding > dilation * (size - 1) for padding, dilation, size in sizes)
+    return "" if outside else f"{channels} channels fill less than half of an own kernel's step"
+
+
 def _path(conv: nn.Module, claim: _Claim) -> dispatch.Path:
     """What computes a fused convolution now."""
     weight: Any = conv.weight
     path = dispatch.path_on(weight.device, weight.dtype, claim.pattern, claim.groups)
+    if path.name in ("amx", "avx512") and (reason := _why_onednn(conv, claim.pattern)):
+        return dispatch.Path("onednn", reason)
     # The stem's kernel reads weights in any order.
     if (
         path.name != "cuda"
