@@ -31,6 +31,9 @@ ONE_SOURCE, TWO_SOURCES = range(5), range(5, 8)
 NARROW = (4, 7)
 # In one part or in three, so that of two sources one is split itself.
 PLANS = (*((tile, n) for tile in ONE_SOURCE for n in (1, 3)), *((tile, 1) for tile in TWO_SOURCES))
+# Those of wgmma_plan.h. Their parts have a step each at least, of which 1x1 convolutions have two.
+HOPPER_ONE, HOPPER_TWO = range(12), range(12, 16)
+HOPPER_PLANS = (*((t, n) for t in HOPPER_ONE for n in (1, 2)), *((t, 1) for t in HOPPER_TWO))
 Plan = tuple[int, int]
 
 
@@ -61,34 +64,37 @@ def cases(dtype: torch.dtype, *, quick: bool) -> Iterator[Case]:
         yield from chosen[:: len(chosen) // 2 or 1] if quick else chosen
 
 
-def planned(dtype: torch.dtype) -> Iterator[tuple[Plan, Case]]:
+def planned(dtype: torch.dtype, hopper: bool = False) -> Iterator[tuple[Plan, Case]]:
     """Each plan of the convolution with what it can make: every kernel, and every way to split.
+    ``hopper``: those of the kernels for Hopper GPUs.
 
     The projection block has a 1x1 and a strided 3x3 convolution for the kernels of one source, and
     its last convolution for those of two; sizes leave rest rows, columns and channels everywhere.
     """
     draw = op_cases.Draw(dtype, "cpu", torch.channels_last, seed=0)
-    for plan in PLANS:
+    narrow, one_source = ((), HOPPER_ONE) if hopper else (NARROW, ONE_SOURCE)
+    for plan in HOPPER_PLANS if hopper else PLANS:
         tile, _ = plan
-        for kind in ("wide", "narrow") if tile in NARROW else ("wide",):
+        for kind in ("wide", "narrow") if tile in narrow else ("wide",):
             c, mid, out = (72, 136, 72) if kind == "wide" else (33, 35, 65)
             convs = draw.conv(c, mid, 1), draw.conv(mid, mid, 3, 2), draw.conv(mid, out, 1)
             args = (draw.image(2, c, 9, 7), *convs, draw.conv(c, out, 1, 2))
             yield plan, Case("bottleneck", f"{kind}, plan {plan}", args, {})
-            if tile in ONE_SOURCE:
+            if tile in one_source:
                 args = (draw.image(2, c, 9, 8), draw.conv(c, mid, 3))
                 residual = {"residual": draw.image(2, mid, 9, 8)}
                 yield plan, Case("conv_bn_act", f"{kind}, plan {plan}", args, residual)
 
 
 @contextmanager
-def forced(plan: Plan, library: Any) -> Iterator[None]:
+def forced(plan: Plan, library: Any, hopper: bool = False) -> Iterator[None]:
     """Every convolution on a GPU that can follow this plan does."""
-    library.resnet_fused_force_mma_plan(*plan)
+    force = getattr(library, f"resnet_fused_force_{'wgmma' if hopper else 'mma'}_plan")
+    force(*plan)
     try:
         yield
     finally:
-        library.resnet_fused_force_mma_plan(-1, 1)
+        force(-1, 1)
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> str:
@@ -102,10 +108,12 @@ def check(case: Case, dtype: torch.dtype, device: str) -> str:
 
 
 def check_planned(dtype: torch.dtype, device: str, library: Any) -> Iterator[str]:
-    """The outcome of `check` for each plan's cases."""
-    for plan, case in planned(dtype):
-        with forced(plan, library):
-            yield check(case, dtype, device)
+    """The outcome of `check` for each plan's cases; on a Hopper, of both families of kernels."""
+    families = (False, True) if torch.cuda.get_device_capability(device) == (9, 0) else (False,)
+    for hopper in families:
+        for plan, case in planned(dtype, hopper):
+            with forced(plan, library, hopper):
+                yield check(case, dtype, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

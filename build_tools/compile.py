@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from build_tools.cuda_archs import nvcc_flags
+from build_tools.cuda_archs import Arch, nvcc_flags
 from build_tools.toolchain import Cuda, Toolchain, ToolchainError
 
 BUILD = Path("build/native")  # kept between builds, so that only changed files are compiled
@@ -23,9 +23,11 @@ STANDIN = BUILD / "standin" / "libtorch.cpp"
 TORCH_ABI = "csrc/torch_abi.h"
 SOURCES = ("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/cpu/*.cpp")
 CUDA_SOURCES = ("csrc/kernels/cuda/*.cu",)
+HOPPER_STEM = "wgmma"  # files of CUDA kernels that begin so are for compute capability 9.0a alone
 COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc"]  # baseline code: no -march=native
 HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]  # nvcc has to pass these on
 CUDA_DEFINE = "-DRESNET_FUSED_CUDA=1"
+HOPPER_DEFINE = "-DRESNET_FUSED_SM90A=1"  # the kernels for Hopper GPUs are there
 
 RULES = """\
 rule cxx
@@ -94,11 +96,18 @@ def _info(tools: Toolchain, version: str) -> list[str]:
     return [f'-DRESNET_FUSED_{name}="{text}"' for name, text in texts.items()]
 
 
-def cuda_flags(tools: Toolchain, cuda: Cuda) -> list[str]:
+def archs_of(source: str, archs: Sequence[Arch]) -> list[Arch]:
+    """The architectures that a file of CUDA kernels is compiled for."""
+    if not Path(source).name.startswith(HOPPER_STEM):
+        return list(archs)
+    return [Arch(90, "a", False)] if any(a[:2] == (90, "a") for a in archs) else []
+
+
+def cuda_flags(tools: Toolchain, cuda: Cuda, source: str) -> list[str]:
     """nvcc's flags for one file of csrc/kernels/cuda."""
     passed_on = [f"-Xcompiler={flag}" for flag in HOST]
     flags = [*COMMON, CUDA_DEFINE, "-ccbin", tools.host_compiler]
-    return [*flags, *cuda.compress, *nvcc_flags(cuda.archs), *passed_on]
+    return [*flags, *cuda.compress, *nvcc_flags(archs_of(source, cuda.archs)), *passed_on]
 
 
 def ninja_file(root: Path, tools: Toolchain, version: str, environ: Mapping[str, str]) -> str:
@@ -116,6 +125,7 @@ def ninja_file(root: Path, tools: Toolchain, version: str, environ: Mapping[str,
     ]
     if cuda:
         flags += [CUDA_DEFINE, "-isystem", str(cuda.include)]
+        flags += [HOPPER_DEFINE] if archs_of(HOPPER_STEM, cuda.archs) else []
         ldflags += [str(cuda.cudart), "-ldl", "-lrt", "-lpthread"]
     flags += shlex.split(environ.get("CXXFLAGS", ""))
     ldflags += shlex.split(environ.get("LDFLAGS", ""))
@@ -128,7 +138,8 @@ def ninja_file(root: Path, tools: Toolchain, version: str, environ: Mapping[str,
     if cuda:
         text += [
             f"nvcc = {_words([str(cuda.nvcc)])}\n",
-            f"nvccflags = {_words(cuda_flags(tools, cuda))}\n",
+            f"nvccflags = {_words(cuda_flags(tools, cuda, ''))}\n",
+            f"hopperflags = {_words(cuda_flags(tools, cuda, HOPPER_STEM))}\n",
         ]
     text.append(RULES)
     objects = []
@@ -144,8 +155,12 @@ def ninja_file(root: Path, tools: Toolchain, version: str, environ: Mapping[str,
             )
         )
     for source in sources(root, CUDA_SOURCES) if cuda else []:
+        if not cuda or not archs_of(source, cuda.archs):
+            continue
         objects.append(f"{BUILD}/{source}.o")
-        text.append(_build("nvcc", Path(objects[-1]), [source]))
+        hopper = Path(source).name.startswith(HOPPER_STEM)
+        own = {"nvccflags": "$hopperflags"} if hopper else {}
+        text.append(_build("nvcc", Path(objects[-1]), [source], **own))
     standin = STANDIN.with_name("libtorch.so")
     text.append(_build("standin", standin, [str(STANDIN)]))
     text.append(_build("link", BUILD / LIBRARY, objects, implicit=_path(standin)))

@@ -86,6 +86,11 @@ def cuda() -> bool:
     return _cuda
 
 
+def hopper() -> bool:
+    """True if the library's kernels for Hopper GPUs are switched on: RESNET_FUSED_HOPPER=1."""
+    return hasattr(_library, "resnet_fused_hopper") and bool(_library.resnet_fused_hopper())  # type: ignore[union-attr]
+
+
 def set_batch_invariant(on: bool) -> None:
     """Tell the ops whether the order of sums may depend on the batch."""
     if _library is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet_fused import dispatch
+from resnet_fused import _extension, dispatch
 from resnet_fused.fusion.plan import survey
 from resnet_fused.fusion.units import child, is_native, is_planned, original
 from resnet_fused.modules import QUANTISED, Fused, Site, pair, ungraphed, why_plain
@@ -182,17 +182,17 @@ def _path(conv: nn.Module, claim: _Claim) -> dispatch.Path:
     path = dispatch.path_on(weight.device, weight.dtype, claim.pattern, claim.groups)
     if path.name in ("amx", "avx512") and (reason := _why_onednn(conv, claim.pattern)):
         return dispatch.Path("onednn", reason)
-    # The stem's kernel reads weights in any order.
-    if (
-        path.name != "cuda"
-        or claim.pattern == "stem"
-        or weight.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if path.name != "cuda" or claim.pattern == "stem":  # whose kernel reads weights in any order
         return path
-    note = (
-        "weights are converted on each call; model.to(memory_format=torch.channels_last) avoids it"
-    )
-    return dispatch.Path(path.name, f"{path.reason}; {note}" if path.reason else note)
+    notes = [path.reason] if path.reason else []
+    if _extension.hopper() and torch.cuda.get_device_capability(weight.device) == (9, 0):
+        notes.append("kernels for Hopper GPUs where they fit, as RESNET_FUSED_HOPPER=1 asks")
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        notes.append(
+            "weights are converted on each call; model.to(memory_format=torch.channels_last) "
+            "avoids it"
+        )
+    return dispatch.Path(path.name, "; ".join(notes))
 
 
 def _row(name: str, conv: nn.Module, claims: list[_Claim]) -> Row:

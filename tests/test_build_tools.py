@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from source_tree import build_tools
+from source_tree import ROOT, build_tools
 
 NVCC_13 = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
 
@@ -298,6 +299,30 @@ def test_only_torch_may_be_undefined(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(toolchain.ToolchainError, match="compiling failed"):
         compile_.compile_library(root, tools, "1.2.3", 1, {})
     assert "forgotten" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("archs", "built"), [("8.0;9.0a;12.0+PTX", True), ("8.0;9.0+PTX", False), ("9.0a+PTX", True)]
+)
+def test_kernels_for_hopper_are_for_hopper_alone(tmp_path: Path, archs: str, built: bool) -> None:
+    """Code of 9.0a that another architecture's compiler refuses, or that a library without it
+    believes to have.
+    """
+    fake_toolkit(tmp_path)
+    environ = {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": archs}
+    tools = toolchain.find_toolchain({**os.environ, **environ, "RESNET_FUSED_CUDA": "1"})
+    text = compile_.ninja_file(ROOT, tools, "1", {})
+    lines = text.splitlines()
+    (at,) = [i for i, s in enumerate(lines) if "nvcc csrc/kernels/cuda/mma_conv.cu" in s]
+    assert "nvccflags" not in lines[at + 1]
+    hopper = [i for i, s in enumerate(lines) if "nvcc csrc/kernels/cuda/wgmma" in s]
+    assert len(hopper) == (4 if built else 0)
+    assert all(lines[i + 1] == "  nvccflags = $hopperflags" for i in hopper)
+    (flags,) = [s for s in lines if s.startswith("hopperflags")]
+    codes = re.findall(r"-gencode=\S+", flags)
+    assert codes == ["-gencode=arch=compute_90a,code=sm_90a"] * built
+    (cxx,) = [s for s in lines if s.startswith("flags")]
+    assert ("-DRESNET_FUSED_SM90A=1" in cxx) == built
 
 
 def test_cuda_source_is_compiled_and_linked(tmp_path: Path) -> None:

@@ -61,11 +61,13 @@ def test_every_file_and_architecture_was_looked_at(compiled: Compiled) -> None:
     """Reports that parse to nothing, in which no check can find anything."""
     names = {f"{arch.number}{arch.suffix}" for arch in ARCHS}
     assert len(names) == 4 and {kernel.arch for kernel in compiled.kernels} == names
-    by_arch = [sorted(k.name for k in compiled.kernels if k.arch == name) for name in names]
-    assert all(other == by_arch[0] for other in by_arch)
+    by_arch = {name: {k.name for k in compiled.kernels if k.arch == name} for name in names}
+    hopper = by_arch["90a"] - by_arch["80"]
+    assert hopper and all(name.startswith("wgmma_conv_kernel<") for name in hopper)
+    assert all(found in (by_arch["90a"], by_arch["90a"] - hopper) for found in by_arch.values())
     for source in (*SOURCES, *sorted((ROOT / "csrc/kernels/cuda").glob("*.cuh"))):
-        for kernel in re.findall(r"\b(\w+_kernel)\(", source.read_text()):
-            assert any(re.match(rf"{kernel}\b", name) for name in by_arch[0]), kernel
+        for kernel in re.findall(r"__global__[^;{}]*?\b(\w+_kernel)\(", source.read_text()):
+            assert any(re.match(rf"{kernel}\b", name) for name in by_arch["90a"]), kernel
 
 
 @needs_nvcc
@@ -141,6 +143,20 @@ __global__ void __launch_bounds__(128) serial_kernel(float* y, uint64_t a, uint6
   }
   y[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
+namespace resnet_fused {
+template <typename T>
+__global__ void __launch_bounds__(256, 1) other_type_kernel(float* y, uint64_t a, uint64_t b) {
+  float d[4];
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, "
+               "0, 1, 1, 0, 0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) y[threadIdx.x * 4 + i] = d[i];
+}
+template __global__ void other_type_kernel<BFloat>(float*, uint64_t, uint64_t);
+}  // namespace resnet_fused
 #endif
 """
 
@@ -177,6 +193,7 @@ def defective(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         ("right_numbers", "numbers_kernel<Half>", None, ": FMNMX"),
         ("right_numbers", "numbers_kernel<Half>", None, ": HMNMX2"),
         ("right_numbers", "numbers_kernel<Half>", None, ": HMNMX2.BF16_V2"),
+        ("right_numbers", "other_type_kernel<BFloat>", None, "<BFloat> for sm_90a: HGMMA.64x8x16."),
         (
             "right_numbers",
             "numbers_kernel<Half>",
@@ -200,6 +217,14 @@ def test_a_seeded_defect_is_found(
     (kernel,) = [k for k in defective.kernels if k.name == name]
     (rule,) = [rule for rule in CHECKS if rule.__name__ == check]
     assert any(message in violation for violation in rule(kernel)), (kernel, rule(kernel))
+
+
+def test_registers_that_nobody_gives_back() -> None:
+    """A kernel that begins with fewer registers than its plan hands out: it would hang."""
+    (rule,) = [rule for rule in CHECKS if rule.__name__ == "registers_to_hand_on"]
+    kernel = Kernel("k", "90a", "k", registers=168, opcodes={"USETMAXREG.DEALLOC.CTAPOOL"})
+    assert rule(kernel) == []
+    assert "160 registers, 168 in the plan" in rule(replace(kernel, registers=160))[0]
 
 
 @needs_nvcc

@@ -25,11 +25,25 @@ enum { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct dim3 {
   unsigned x, y, z;
-  dim3(unsigned x, unsigned y, unsigned z) : x(x), y(y), z(z) {}
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 struct Noted {
   int device, get_error, set_error, launch_error;  // what the runtime is to say
-  int last, sets, set_bytes, launches, threads;
+  int last, sets, set_bytes, launches, threads, dependent;
   const void* set_kernel;
   long long launch_bytes;
 };
@@ -59,6 +73,13 @@ inline void noted_launch(unsigned, int threads, long long bytes, cudaStream_t) {
   noted.launch_bytes = bytes;
   say(noted.launch_error);
 }
+template <typename Kernel, typename... Args>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel, Args...) {
+  noted_launch(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->stream);
+  noted.dependent += config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                     config->attrs->val.programmaticStreamSerializationAllowed;
+  return noted.launch_error;
+}
 """
 SOURCE = r"""
 #include "launch.cuh"
@@ -66,8 +87,8 @@ SOURCE = r"""
 Noted noted;
 void first(int) {}
 void second(int) {}
-extern "C" SEEN int run(int kernel, int64_t bytes, int threads) {
-  const resnet_fused::LaunchShape shape{{1, 1, 1}, threads, bytes};
+extern "C" SEEN int run(int kernel, int64_t bytes, int threads, bool hopper, bool dependent) {
+  const resnet_fused::LaunchShape shape{{1, 1, 1}, threads, bytes, hopper, dependent};
   if (kernel == 0) return resnet_fused::launch<first>(shape, nullptr, 1);
   return resnet_fused::launch<second>(shape, nullptr, 1);
 }
@@ -76,7 +97,7 @@ extern "C" SEEN int set_for(int kernel) {
   return noted.set_kernel == reinterpret_cast<void*>(kernel == 0 ? first : second);
 }
 """
-SMALL, LARGE = 48 * 1024, 99 * 1024
+SMALL, LARGE, HOPPER = 48 * 1024, 99 * 1024, 227 * 1024
 Run = Callable[..., int]
 
 
@@ -86,6 +107,7 @@ class Notes(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("device", "get_error", "set_error", "launch_error")),
         *((name, ctypes.c_int) for name in ("last", "sets", "set_bytes", "launches", "threads")),
+        ("dependent", ctypes.c_int),
         ("set_kernel", ctypes.c_void_p),
         ("launch_bytes", ctypes.c_longlong),
     )
@@ -115,7 +137,11 @@ def library(tmp_path: Path) -> ctypes.CDLL:
     built = tmp_path / "launch.so"
     subprocess.run([compiler, *flags, str(tmp_path / "launch.cpp"), "-o", str(built)], check=True)
     loaded = ctypes.CDLL(str(built))
-    loaded.run.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    run = loaded.run
+    run.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
+    loaded.run = lambda kernel, shared, threads, hopper=False, dependent=False: run(
+        kernel, shared, threads, hopper, dependent
+    )
     loaded.notes.restype = ctypes.POINTER(Notes)
     return loaded
 
@@ -150,6 +176,20 @@ def test_errors_are_returned_once(library: ctypes.CDLL, where: str) -> None:
     setattr(notes, where, 0)
     assert library.run(0, LARGE, 64) == 0
     assert notes.sets == (2 if where == "set_error" else 1)
+
+
+def test_kernels_for_hopper_alone(library: ctypes.CDLL) -> None:
+    """A kernel of sm_90a that gets no more than all GPUs have, or more than a Hopper has; a launch
+    that may overlap the one before although nobody asked for it, or the other way round.
+    """
+    notes = library.notes().contents
+    assert library.run(0, HOPPER + 1, 384, hopper=True) == 9 and notes.launches == 0
+    assert library.run(0, HOPPER, 384, hopper=True) == 0
+    assert (notes.set_bytes, notes.launches, notes.dependent) == (HOPPER, 1, 0)
+    assert library.run(0, HOPPER, 384, hopper=True, dependent=True) == 0
+    assert (notes.launches, notes.launch_bytes, notes.dependent) == (2, HOPPER, 1)
+    notes.launch_error = 46
+    assert library.run(0, HOPPER, 384, hopper=True, dependent=True) == 46 and notes.last == 0
 
 
 @pytest.mark.parametrize(("threads", "shared"), [(64, LARGE + 1), (0, 0), (1025, 0)])

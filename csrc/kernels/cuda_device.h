@@ -10,6 +10,10 @@ int probe_cuda_device();
 // CUDA's name for an error.
 const char* cuda_error_text(int error);
 
+// Compute capability of a device, 90 for 9.0; returns a cudaError_t. Asks the driver once per
+// device.
+int compute_capability(int device, int* number);
+
 // Multiprocessors of a device; returns a cudaError_t. Asks the driver once per device.
 int count_multiprocessors(int device, int* count);
 

@@ -65,4 +65,8 @@ struct MmaConvParams {
 // On `stream` (a cudaStream_t) of the current device; returns a cudaError_t.
 int launch_mma_conv(const MmaConvParams& p, void* stream);
 
+// The outputs out of the partial sums in p.workspace, whatever kernel left them there. `narrow`: K
+// is no multiple of 4, or out or residual is not on 16 bytes.
+int launch_split_sum(const MmaConvParams& p, bool narrow, void* stream);
+
 }  // namespace resnet_fused

@@ -3,14 +3,50 @@
 #include "conv_cuda.h"
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
-#include "../kernels/cuda/conv_plan.h"
+#include "../kernels/cuda/wgmma_plan.h"
+#include "../kernels/wgmma_conv.h"
 #include "layout.h"
 
 namespace resnet_fused {
 namespace {
 
 std::atomic<MmaConvPlan> forced_plan{MmaConvPlan{-1, 1}};
+std::atomic<MmaConvPlan> forced_wgmma_plan{MmaConvPlan{-1, 1}};
+
+// Kernels for Hopper GPUs run only where somebody asks for them until a GPU has run them.
+std::atomic<bool>& hopper_wanted() {
+  static std::atomic<bool> wanted{[] {
+    const char* value = std::getenv("RESNET_FUSED_HOPPER");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }()};
+  return wanted;
+}
+
+#ifdef RESNET_FUSED_SM90A
+constexpr bool kHopperBuilt = true;
+// Launches overlap only once a GPU has shown what that is worth.
+constexpr bool kDependentLaunches = false;
+
+// The plan on a Hopper GPU; a tile of -1 where its kernels do not take the convolution.
+MmaConvPlan hopper_plan(const CudaCall& call, MmaConvParams p) {
+  p.plan = forced_wgmma_plan;
+  const bool forced = wgmma_plan_fits(p);
+  if (!(forced || hopper_wanted()) || !call.hopper()) return {-1, 1};
+  return forced ? p.plan : plan_wgmma_conv(p, call.multiprocessors(), batch_invariant());
+}
+
+int launch_on_hopper(const CudaCall& call, const MmaConvParams& p) {
+  return launch_wgmma_conv(p, call.multiprocessors(), kDependentLaunches, call.stream());
+}
+#else
+constexpr bool kHopperBuilt = false;
+
+MmaConvPlan hopper_plan(const CudaCall&, const MmaConvParams&) { return {-1, 1}; }
+int launch_on_hopper(const CudaCall&, const MmaConvParams&) { return -1; }
+#endif
 
 // K values: where they are, if a kernel can read them there, else as a dense fp32 copy.
 ChannelVector channel_vector(const Tensor& t, std::vector<Tensor>& copies) {
@@ -72,15 +108,19 @@ Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, cons
           " needs: sizes, strides, paddings and dilations must be from 1 (padding: 0) to 2^28");
   Tensor out = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
   p.out = out.mutable_data();
-  p.plan = forced_plan;
-  if (!plan_fits(p)) p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant());
+  p.plan = hopper_plan(call, p);
+  const bool on_hopper = p.plan.tile >= 0;
+  if (!on_hopper) {
+    p.plan = forced_plan;
+    if (!plan_fits(p)) p.plan = plan_mma_conv(p, call.multiprocessors(), batch_invariant());
+  }
   const int64_t bytes = mma_conv_workspace(p);
   Tensor workspace;
   if (bytes > 0) {
     workspace = empty_strided({bytes / 4}, {1}, aoti_torch_dtype_float32(), x);
     p.workspace = static_cast<float*>(workspace.mutable_data());
   }
-  call.check(launch_mma_conv(p, call.stream()));
+  call.check(on_hopper ? launch_on_hopper(call, p) : launch_mma_conv(p, call.stream()));
   return out;
 }
 
@@ -123,5 +163,12 @@ Tensor run_chain_cuda(const Chain& chain) {
 
 void resnet_fused_force_mma_plan(int tile, int splits) {
   resnet_fused::forced_plan = resnet_fused::MmaConvPlan{tile, splits};
+}
+void resnet_fused_force_wgmma_plan(int tile, int splits) {
+  resnet_fused::forced_wgmma_plan = resnet_fused::MmaConvPlan{tile, splits};
+}
+void resnet_fused_set_hopper(int on) { resnet_fused::hopper_wanted() = on != 0; }
+int resnet_fused_hopper() {
+  return resnet_fused::kHopperBuilt && resnet_fused::hopper_wanted() ? 1 : 0;
 }
 #endif

@@ -21,6 +21,12 @@ int CudaCall::multiprocessors() const {
   return count;
 }
 
+bool CudaCall::hopper() const {
+  int number = 0;
+  check(compute_capability(x_.device_index(), &number));
+  return number == 90;
+}
+
 void CudaCall::check(int error) const {
   require(error == 0, op_, ": CUDA error ", error, " (", cuda_error_text(error),
           ") for x of shape ", Shape{x_}, " on cuda:", x_.device_index());

@@ -19,6 +19,8 @@ class CudaCall {
   void* stream() const { return stream_; }
   // Multiprocessors of the device.
   int multiprocessors() const;
+  // Whether the kernels for Hopper GPUs (sm_90a) run on the device.
+  bool hopper() const;
   // Throw unless a launcher returned cudaSuccess.
   void check(int error) const;
 

@@ -17,12 +17,32 @@ TENSOR_CORES = (r"HMMA\.", r"LDSM\.16\.M88\.4")  # products, and operands by ldm
 WIDE = (r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128")  # 16 bytes in one access
 ASYNC = (r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128",)  # 16 bytes past the registers and L1
 
+# What a kernel for Hopper is made of: copies by the copy unit both ways, barrier objects, registers
+# that change hands, waiting for the kernel before and making way for the next.
+HOPPER = (
+    r"UTMALDG\.2D",
+    r"UTMALDG\.3D",
+    r"UTMALDG\.4D\.IM2COL",
+    r"UTMASTG\.2D",
+    r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+    r"FENCE\.VIEW\.ASYNC",
+    r"USETMAXREG\.DEALLOC",
+    r"USETMAXREG\.TRY_ALLOC",
+    "ACQBULK",
+    "PREEXIT",
+)
+
 KEEPS_NAN = (r"V?[FH]MNMX\w*(\.\w+)*\.NAN",)
 # By element type: the product, and what rounds to the type, always to nearest.
 PRODUCTS = {
     "Half": r"HMMA\.16816\.F32",
     "BFloat": r"HMMA\.16816\.F32\.BF16",
     "float": r"HMMA\.1688\.F32\.TF32",
+}
+WARPGROUP_PRODUCTS = {
+    "Half": r"HGMMA\.64x\d+x16\.F32",
+    "BFloat": r"HGMMA\.64x\d+x16\.F32\.BF16",
+    "float": r"HGMMA\.64x\d+x8\.F32\.TF32",
 }
 ROUNDINGS = {
     "Half": r"F2F\.F16\.F32|F2FP\.(F16\.F32\.)?PACK_AB",
@@ -60,7 +80,22 @@ def conv_rows(plan: str) -> tuple[Row, ...]:
     )
 
 
+def hopper_rows(plan: str) -> tuple[Row, ...]:
+    """Rows of the Hopper convolution's tiles, by columns: wgmma takes all of them at once."""
+    entries = re.search(r"kWgmmaTiles\[\] = \{(.*?)\n\};", plan, re.S)
+    columns = re.findall(r"\{\d+, (\d+), [^{}]*\}", entries[1]) if entries else []
+    why = "a block has all registers of a multiprocessor, and deals them out anew"
+    rows = []
+    for wanted in sorted(set(columns), key=int):
+        tiles = "|".join(str(i) for i, found in enumerate(columns) if found == wanted)
+        instructions = (rf"HGMMA\.64x{wanted}x", *HOPPER)
+        rows.append(Row(rf"wgmma_conv_kernel<\w+, ({tiles})>", 1, why, instructions))
+    return tuple(rows)
+
+
+HOPPER_PLAN = (ROOT / "csrc/kernels/cuda/wgmma_plan.h").read_text()
 TABLE = (
+    *hopper_rows(HOPPER_PLAN),
     *conv_rows((ROOT / "csrc/kernels/cuda/conv_plan.h").read_text()),
     Row(
         r"split_sum_kernel<\w+, \w+>",
@@ -161,6 +196,19 @@ def few_registers(kernel: Kernel) -> list[str]:
     ]
 
 
+def registers_to_hand_on(kernel: Kernel) -> list[str]:
+    """A kernel that hands on registers begins with those that its plan counts with.
+
+    ptxas says nothing of it; with fewer, who asks for more would wait for ever.
+    """
+    if not any(opcode.startswith("USETMAXREG") for opcode in kernel.opcodes):
+        return []
+    planned = re.search(r"\bkLaunchRegisters = (\d+)\b", HOPPER_PLAN)
+    if planned and int(planned[1]) == kernel.registers:
+        return []
+    return [f"{kernel}: {kernel.registers} registers, {planned and planned[1]} in the plan"]
+
+
 def no_static_shared(kernel: Kernel) -> list[str]:
     """All shared memory is dynamic: launches can state it, and the emulator bound it."""
     return [f"{kernel}: {kernel.static_shared} bytes static"] if kernel.static_shared else []
@@ -182,6 +230,7 @@ def right_numbers(kernel: Kernel) -> list[str]:
     kind = found[1] if found else ""
     allowed = {
         "HMMA": PRODUCTS.get(kind, ""),
+        "HGMMA": WARPGROUP_PRODUCTS.get(kind, ""),
         "F2F": "|".join(ROUNDINGS.values()),
         "FMNMX": KEEPS_NAN[0],
         "HMNMX": KEEPS_NAN[0],
@@ -204,6 +253,7 @@ CHECKS: tuple[Callable[[Kernel], list[str]], ...] = (
     known,
     launch_bounds,
     few_registers,
+    registers_to_hand_on,
     no_static_shared,
     expected_instructions,
     right_numbers,

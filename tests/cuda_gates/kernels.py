@@ -185,7 +185,12 @@ def _compile_one(source: Path, arch: Any, folder: Path) -> Compiled:
     keep = folder / f"{source.stem}.{name}"
     keep.mkdir(parents=True)
     cubin = keep / "out.cubin"
-    command = [str(one.nvcc), *compile_.cuda_flags(tools(), one), "-cubin", "-Xptxas=-v"]
+    command = [
+        str(one.nvcc),
+        *compile_.cuda_flags(tools(), one, source.name),
+        "-cubin",
+        "-Xptxas=-v",
+    ]
     command += ["--keep", "--keep-dir", str(keep), str(source), "-o", str(cubin)]
     measured = keep / "measured.json"
     measure = [sys.executable, "-I", "-S", "-c", _MEASURE, str(measured)]
@@ -215,14 +220,19 @@ def _compile_one(source: Path, arch: Any, folder: Path) -> Compiled:
 
 
 def compile_all(sources: Iterable[Path], archs: Iterable[Any], folder: Path) -> Compiled:
-    """Every file for every architecture (of `cuda_archs.Arch`), as many at once as there are CPUs.
+    """Every file for every architecture (of `cuda_archs.Arch`) that the build compiles it for.
 
-    The largest files go first, so that the last one to end is a small one.
+    As many at once as there are CPUs; the largest files go first, so that the last one to end is a
+    small one.
     """
     archs = list(archs)
     ordered = sorted(sources, key=lambda path: path.stat().st_size, reverse=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        tasks = [pool.submit(_compile_one, s, arch, folder) for s in ordered for arch in archs]
+        tasks = [
+            pool.submit(_compile_one, source, arch, folder)
+            for source in ordered
+            for arch in compile_.archs_of(source.name, archs)
+        ]
         done = [task.result() for task in tasks]
     return Compiled(
         [kernel for one in done for kernel in one.kernels],

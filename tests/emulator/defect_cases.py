@@ -15,6 +15,7 @@ import test_pool_linear_kernel as pool_linear_tests
 import test_relu_max_pool_kernel as relu_max_pool_tests
 import test_stem_kernel as stem_tests
 import torch
+import wgmma_conv_cases as wgmma_cases
 from emulated import Library
 from mma_conv_cases import Shape, square
 from torch import Tensor
@@ -55,6 +56,30 @@ def conv(tile: int, shape: Shape, splits: int) -> Callable[[Library, int], None]
         compare(library, got, conv_cases.exact(problem).value)
 
     return case
+
+
+def wgmma(
+    tile: int, shape: Shape, splits: int = 1, blocks: int = 1, dependent: bool = False
+) -> Callable[[Library, int], None]:
+    """The Hopper convolution by so many blocks; one pixel is NaN."""
+
+    def case(library: Library, seed: int) -> None:
+        problem = conv_cases.make(shape, HALF, seed, integer=True)
+        image = problem.images[0].clone()
+        image[0, 0, -1, -1] = NAN
+        problem = replace(problem, images=(image, *problem.images[1:]))
+        got = wgmma_cases.run(library, problem, tile, splits, seed, blocks, dependent)
+        compare(library, got, conv_cases.exact(problem).value)
+
+    return case
+
+
+def wgmma_tf32(library: Library, seed: int) -> None:
+    """float32 with more bits than TF32 has."""
+    problem = wgmma_cases.make(Shape("", 1, 5, 5, 64, 64), torch.float32, seed, bn="none")
+    got, want = wgmma_cases.run(library, problem, 9, seed=seed), conv_cases.exact(problem)
+    if not ((got.double() - want.value).abs() <= want.error).all():
+        raise Wrong("numeric")
 
 
 def split_order(library: Library, seed: int) -> None:
@@ -141,9 +166,30 @@ CONV: dict[str, tuple[int, Shape, int]] = {
     "conv_split_two": (3, Shape("", 1, 5, 5, 64, 72, **square(3), C2=136), 4),
 }
 
+# Kernel, shape, splits, blocks. One block unless more are said: it makes tile after tile.
+WGMMA: dict[str, tuple[int, Shape, int, int, bool]] = {
+    # Two row tiles and two column tiles of 128; two steps.
+    "wgmma_turns": (3, Shape("", 1, 3, 47, 72, 136), 1, 1, False),
+    "wgmma_dependent": (9, Shape("", 1, 3, 47, 72, 72), 1, 2, True),
+    # Seven steps in a ring of 3: the other consumer's first stage is filled twice before its turn.
+    "wgmma_long": (7, Shape("", 1, 5, 13, 448, 264), 1, 1, False),
+    "wgmma_together": (0, Shape("", 1, 9, 17, 320, 264), 1, 1, False),
+    "wgmma_residual": (9, Shape("", 1, 9, 17, 72, 136), 1, 1, False),
+    "wgmma_columns": (10, Shape("", 1, 9, 17, 24, 72), 1, 1, False),
+    "wgmma_narrow_panels": (4, Shape("", 1, 9, 17, 24, 104), 1, 1, False),
+    "wgmma_3x3": (9, Shape("", 2, 7, 6, 24, 72, **square(3)), 1, 1, False),
+    "wgmma_strided": (9, Shape("", 3, 13, 11, 24, 8, **square(3, 2)), 1, 1, False),
+    "wgmma_dilated": (9, Shape("", 1, 9, 8, 64, 64, **square(3, 1, 2, 2)), 1, 1, False),
+    "wgmma_oblong": (9, Shape("", 1, 9, 8, 24, 64, (3, 1), padding=(1, 0)), 1, 1, False),
+    "wgmma_two": (15, Shape("", 1, 11, 13, 64, 72, C2=136), 1, 1, False),
+    "wgmma_split": (9, Shape("", 1, 9, 9, 320, 72), 3, 2, False),
+}
+
 CASES: dict[str, Callable[[Library, int], None]] = {
     **{name: conv(*arguments) for name, arguments in CONV.items()},
     "conv_split_order": split_order,
+    **{name: wgmma(*arguments) for name, arguments in WGMMA.items()},
+    "wgmma_tf32": wgmma_tf32,
     "stem": stem((29, 33), nan=False),
     "stem_nan": stem((31, 40), nan=True),
     "pool_linear": pool_linear,

@@ -185,7 +185,7 @@ CONV = [
     ),
     Defect(
         "ReLU before the residual",
-        "epilogue.cuh",
+        "finish.cuh",
         "    if (residual) y += to_float(other);\n    if (relu) y = resnet_fused::relu(y);",
         "    if (relu) y = resnet_fused::relu(y);\n    if (residual) y += to_float(other);",
         "conv_residual",

@@ -26,7 +26,7 @@ import emulator_build as make
 import torch
 from torch import Tensor
 
-KERNELS = ("add_relu", "mma_conv", "pool_linear", "relu_max_pool", "stem")
+KERNELS = ("add_relu", "mma_conv", "pool_linear", "relu_max_pool", "stem", "wgmma_conv")
 
 
 @dataclass
@@ -185,11 +185,16 @@ class Library:
         grid: Sequence[int] = (1, 1, 1),
         threads: int = 32,
         shared: int = 0,
+        maps: Sequence[bytes] = (),
+        hopper: bool = False,
+        dependent: bool = False,
     ) -> None:
         """Launch one of kernels/*.cu; raises EmulatorError for whatever was wrong."""
         if self.failed:
             raise make.BuildError("".join(self.failed.values()))
-        error = self.native.test_kernel(name, pointers, numbers, grid, threads, shared)
+        error = self.native.test_kernel(
+            name, pointers, numbers, grid, threads, shared, maps, hopper, dependent
+        )
         self._raise()
         if error != 0:
             raise EmulatorError("launch", f"{name} returned error {error}")
@@ -199,6 +204,7 @@ class Library:
     pool_linear = functools.partialmethod(launch, "pool_linear")
     relu_max_pool = functools.partialmethod(launch, "relu_max_pool")
     stem = functools.partialmethod(launch, "stem")
+    wgmma_conv = functools.partialmethod(launch, "wgmma_conv")
 
     def stats(self) -> dict[str, int]:
         """Counters since run() began: mma, ldmatrix, bank_conflicts, copied_bytes, ..."""

@@ -27,7 +27,14 @@ OPS = ("add_relu", "basic_block", "bottleneck", "conv_bn_act", "pool_linear", "s
 def library() -> ctypes.CDLL:
     """Compile the ops (once per session) and register them."""
     folder, csrc = make.folder() / "ops", make.ROOT / "csrc"
-    flags = [*make.COMMON, "-O1", f"-I{csrc}", f"-I{make.HERE}", "-DRESNET_FUSED_CUDA=1"]
+    flags = [
+        *make.COMMON,
+        "-O1",
+        f"-I{csrc}",
+        f"-I{make.HERE}",
+        "-DRESNET_FUSED_CUDA=1",
+        "-DRESNET_FUSED_SM90A=1",
+    ]
     ops = [path for path in sorted(csrc.glob("ops/*.cpp")) if path.name != "cuda.cpp"]
     ops += sorted(csrc.glob("kernels/cpu/*.cpp"))
     own = make.HERE / "ops_library.cpp"
@@ -65,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 @contextmanager
 def instead_of_cpu(
-    seed: int = 1, multiprocessors: int = 132, invariant: bool = False
+    seed: int = 1, multiprocessors: int = 132, invariant: bool = False, hopper: bool = False
 ) -> Iterator[ctypes.CDLL]:
     """CPU tensors take the way of CUDA tensors, and end in the emulated ops.
 
@@ -73,14 +80,18 @@ def instead_of_cpu(
         seed: of the order in which threads run.
         multiprocessors: what the GPU is said to have.
         invariant: what ``set_batch_invariant`` sets.
+        hopper: whether the GPU is a Hopper and RESNET_FUSED_HOPPER is 1.
     """
     loaded = library()
     loaded.emulated_configure(seed, multiprocessors)
     loaded.resnet_fused_set_batch_invariant(int(invariant))
+    loaded.emulated_hopper(int(hopper))
+    loaded.resnet_fused_set_hopper(int(hopper))
     loaded.emulated_launches()
     with gpu.replaced(torch.ops.resnet_fused_emulated):
         yield loaded
     loaded.resnet_fused_set_batch_invariant(0)
+    loaded.emulated_hopper(0)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,7 @@ CXX = shlex.split(os.environ.get("CXX", "c++"))
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra"]
 KERNEL = ["-x", "c++", f"-I{HERE / 'include'}", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+KERNEL += ["-Wno-psabi"]  # a note on passing tensor maps by value
 # For the compiler's call-backs into the runtime; neither sanitizer's own library is linked.
 INSTRUMENT = [
     "-fsanitize=thread",
@@ -69,7 +71,10 @@ def runtime_flags() -> list[str]:
     """How the runtime and its bindings are compiled: never instrumented."""
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     quiet = [word for folder in includes for word in ("-isystem", folder)]
-    return [*COMMON, "-O3", f"-I{HERE / 'include'}", f"-I{RUNTIME}", *quiet]
+    # Many of these libraries are loaded at once, and the room for static thread-local variables is
+    # small: so they are found through descriptors. In pybind11, NDEBUG saves one.
+    local = ["-DNDEBUG", *(["-mtls-dialect=gnu2"] if platform.machine() == "x86_64" else [])]
+    return [*COMMON, "-O3", *local, f"-I{HERE / 'include'}", f"-I{RUNTIME}", *quiet]
 
 
 def runtime_sources() -> list[Path]:

@@ -231,7 +231,14 @@ def make(
 
 
 def run(
-    library: Any, problem: Problem, tile: int, splits: int = 1, seed: int = 1, misalign: Any = ()
+    library: Any,
+    problem: Problem,
+    tile: int,
+    splits: int = 1,
+    seed: int = 1,
+    misalign: Any = (),
+    kernel: str = "mma_conv",
+    **more: object,
 ) -> Tensor:
     """The convolution on the emulator, [N, K, P, Q]; ``misalign``: bytes by buffer name."""
     n, k, p, q = problem.size
@@ -265,7 +272,8 @@ def run(
             residual = device.put(dense, off.get("residual", 0))
         out = device.out(torch.empty(n, p, q, k, dtype=dtype), off.get("out", 0))
         workspace = device.scratch(4 * splits * n * p * q * k) if splits > 1 else None
-        library.mma_conv(
+        library.launch(
+            kernel,
             source=sources,
             residual=residual,
             out=out,
@@ -277,6 +285,7 @@ def run(
             dtype=dtype,
             relu=problem.relu,
             plan=(tile, splits),
+            **more,
         )
         got: Tensor = device.get(out)
     return got.permute(0, 3, 1, 2)

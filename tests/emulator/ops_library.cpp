@@ -13,6 +13,7 @@ namespace resnet_fused {
 namespace {
 
 int multiprocessor_count = 132;
+bool hopper_gpu = false;
 int64_t calls = 0;  // device guards that were made
 int64_t open = 0;   // and are still there
 
@@ -63,6 +64,8 @@ CudaCall::~CudaCall() {
 
 int CudaCall::multiprocessors() const { return multiprocessor_count; }
 
+bool CudaCall::hopper() const { return hopper_gpu; }
+
 void CudaCall::check(int error) const {
   std::string text;
   for (const emulator::Finding& f : emulator::take_findings()) {
@@ -107,6 +110,10 @@ __attribute__((visibility("default"))) void emulated_configure(uint64_t seed, in
   emulator::Settings settings;
   settings.seed = seed;
   emulator::configure(settings);
+}
+// Whether the GPU is said to be a Hopper.
+__attribute__((visibility("default"))) void emulated_hopper(int on) {
+  resnet_fused::hopper_gpu = on != 0;
 }
 // Kernel launches since the last call.
 __attribute__((visibility("default"))) uint64_t emulated_launches() {

@@ -11,18 +11,23 @@ import emulator_build as make
 import pytest
 from defect_cases import CASES, Wrong
 from defect_cases import CONV as CONV_CASES
+from defect_cases import WGMMA as WGMMA_CASES
 from defects import CONV, Defect
+from defects_hopper import HOPPER
 from defects_small import SMALL
 from emulated import EmulatorError, Library
 
-DEFECTS = [*CONV, *SMALL]
+DEFECTS = [*CONV, *HOPPER, *SMALL]
 SEEDS = (1, 2, 3)
 # The file to compile for a case; the other types of the convolution stay as they are.
-FILES = {"conv": "mma_conv_f16"}
+FILES = {"conv": "mma_conv_f16", "wgmma": "wgmma_conv_f16"}
 
 
-def source_file(case: str) -> str:
-    """Stem of the source file that a case's kernel is compiled from."""
+def source_file(defect: Defect) -> str:
+    """Stem of the source file that a defect is compiled in: its own, or the case's kernel's."""
+    if defect.file.endswith(".cu"):
+        return Path(defect.file).stem
+    case = defect.case
     names = [FILES.get(case.split("_")[0], ""), *emulated.KERNELS]
     return next(n for n in names if n and (n in FILES.values() or case.startswith(n)))
 
@@ -40,14 +45,14 @@ def patched(text: str, defect: Defect) -> str:
     return text
 
 
-def only(text: str, tile: int) -> str:
-    """mma_conv.cuh with one kernel of the eight instantiated: to compile in a fraction of the time.
+def only(text: str, kernel: str, tile: int) -> str:
+    """KERNEL.cuh with one tile's kernel instantiated: to compile in a fraction of the time.
 
-    The launch function's name stays that of tile 0, which mma_conv.cu calls.
+    The launch function's name stays that of tile 0, which KERNEL.cu calls.
     """
-    head, name, rest = text.partition("cudaError_t launch_mma_conv_as(")
+    head, name, rest = text.partition(f"cudaError_t launch_{kernel}_as(")
     body, end, tail = rest.partition("\n}\n")
-    assert "kTile" in body, "launch_mma_conv_as has changed"
+    assert "kTile" in body, f"launch_{kernel}_as has changed"
     return head + name + body.replace("kTile", str(tile)) + end + tail
 
 
@@ -65,9 +70,11 @@ def seed_defect(defect: Defect, folder: Path) -> Path:
         if path.name == defect.file:
             text = patched(text, defect)
         if path.name == "mma_conv.cuh" and defect.case in CONV_CASES:
-            text = only(text, CONV_CASES[defect.case][0])
+            text = only(text, "mma_conv", CONV_CASES[defect.case][0])
+        if path.name == "wgmma_conv.cuh" and defect.case in WGMMA_CASES:
+            text = only(text, "wgmma_conv", WGMMA_CASES[defect.case][0])
         write(folder / path.relative_to(make.KERNELS), text)
-    return folder / "cuda" / f"{source_file(defect.case)}.cu"
+    return folder / "cuda" / f"{source_file(defect)}.cu"
 
 
 def verdict(library: Library, case: str, seed: int) -> str:
@@ -86,7 +93,7 @@ def broken() -> dict[str, Library]:
     for defect in DEFECTS:
         if not misses(defect):
             folder = make.folder() / "defects" / re.sub(r"\W+", "_", defect.name)
-            sources[defect.name] = {source_file(defect.case): seed_defect(defect, folder)}
+            sources[defect.name] = {source_file(defect): seed_defect(defect, folder)}
     return emulated.build_variants(sources)
 
 

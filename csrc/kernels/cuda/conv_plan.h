@@ -99,29 +99,26 @@ struct StepRange {
   int begin, end;
 };
 
-// Each source has splits of its own, as many as its share of the steps, and one at least.
-RESNET_FUSED_HOST_DEVICE constexpr StepRange split_range(int64_t steps0, int64_t steps1, int splits,
-                                                         int index) {
-  int64_t first = splits, steps = steps0, at = index;
-  int source = 0;
-  if (steps1 > 0) {
-    first = (2 * splits * steps0 + steps0 + steps1) / (2 * (steps0 + steps1));
-    first = least(most(first, 1), splits - 1);
-    if (index >= first) {
-      source = 1;
-      at = index - first;
-      first = splits - first;
-      steps = steps1;
-    }
-  }
-  return {source, static_cast<int>(at * steps / first), static_cast<int>((at + 1) * steps / first)};
+// Splits of the first source; partial sums from there on are the second one's. Each source has
+// splits of its own, as many as its share of the steps, and one at least.
+RESNET_FUSED_HOST_DEVICE constexpr int first_source_splits(int64_t steps0, int64_t steps1,
+                                                           int splits) {
+  if (steps1 == 0) return splits;
+  const int64_t share = (2 * splits * steps0 + steps0 + steps1) / (2 * (steps0 + steps1));
+  return static_cast<int>(least(most(share, 1), splits - 1));
 }
 
-// Splits of the first source; partial sums from there on are the second one's.
-constexpr int first_source_splits(int64_t steps0, int64_t steps1, int splits) {
-  int first = 0;
-  while (first < splits && split_range(steps0, steps1, splits, first).source == 0) ++first;
-  return first;
+RESNET_FUSED_HOST_DEVICE constexpr StepRange split_range(int64_t steps0, int64_t steps1, int splits,
+                                                         int index) {
+  int64_t first = first_source_splits(steps0, steps1, splits), steps = steps0, at = index;
+  int source = 0;
+  if (index >= first) {
+    source = 1;
+    at = index - first;
+    first = splits - first;
+    steps = steps1;
+  }
+  return {source, static_cast<int>(at * steps / first), static_cast<int>((at + 1) * steps / first)};
 }
 
 inline bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -9,20 +9,9 @@
 
 #include "batch_norm.cuh"
 #include "conv_mainloop.cuh"
+#include "finish.cuh"
 
 namespace resnet_fused {
-
-// act(y + residual), rounded: the end of every output, however its sum was made.
-struct Finish {
-  bool residual, relu;
-
-  template <typename T>
-  __device__ __forceinline__ T operator()(float y, T other) const {
-    if (residual) y += to_float(other);
-    if (relu) y = resnet_fused::relu(y);
-    return from_float<T>(y);
-  }
-};
 
 // Scales and shifts of the columns k0 .. k0 + kColumns - 1 in shared memory: for each source all
 // scales, then all shifts; 0 behind the last column. A thread makes one column of one source.
@@ -46,27 +35,6 @@ struct Affine {
     if (exists(p, sources, k0)) channel_affine(p.source[source()].bn, bits, scale, shift);
     affine[source() * 2 * kColumns + column()] = scale;
     affine[(source() * 2 + 1) * kColumns + column()] = shift;
-  }
-};
-
-// Two neighbouring columns of a row, in one register where the type has 16 bits.
-template <typename T>
-struct ColumnPair {
-  uint32_t bits;
-  __device__ __forceinline__ T get(int e) const {
-    return T{static_cast<uint16_t>(e == 0 ? bits : bits >> 16)};
-  }
-  __device__ __forceinline__ void set(T first, T second) {
-    bits = first.bits | static_cast<uint32_t>(second.bits) << 16;
-  }
-};
-template <>
-struct alignas(8) ColumnPair<float> {
-  float v[2];
-  __device__ __forceinline__ float get(int e) const { return v[e]; }
-  __device__ __forceinline__ void set(float first, float second) {
-    v[0] = first;
-    v[1] = second;
   }
 };
 

@@ -20,4 +20,18 @@ int launch_mma_conv(const MmaConvParams& p, void* stream) {
   }
 }
 
+int launch_split_sum(const MmaConvParams& p, bool narrow, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (p.dtype) {
+    case DType::f32:
+      return launch_split_sum_as<float>(p, narrow, s);
+    case DType::bf16:
+      return launch_split_sum_as<BFloat>(p, narrow, s);
+    case DType::f16:
+      return launch_split_sum_as<Half>(p, narrow, s);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace resnet_fused

@@ -196,6 +196,17 @@ __global__ void __launch_bounds__(kSplitSumThreads, 3)
   outputs.store(static_cast<T*>(p.out) + at, count);
 }
 
+// Outputs from the partial sums in p.workspace.
+template <typename T>
+cudaError_t launch_split_sum_as(const MmaConvParams& p, bool narrow, cudaStream_t stream) {
+  const int64_t steps1 = p.sources == 2 ? source_steps(p.source[1], p.dtype) : 0;
+  const int first_splits =
+      first_source_splits(source_steps(p.source[0], p.dtype), steps1, p.plan.splits);
+  const LaunchShape shape = split_sum_shape(p);
+  return narrow ? launch<split_sum_kernel<T, true>>(shape, stream, p, first_splits)
+                : launch<split_sum_kernel<T, false>>(shape, stream, p, first_splits);
+}
+
 template <typename T, int kTile = 0>
 cudaError_t launch_mma_conv_as(const MmaConvParams& p, cudaStream_t stream) {
   if constexpr (kTile < kMmaTileCount) {
@@ -205,9 +216,7 @@ cudaError_t launch_mma_conv_as(const MmaConvParams& p, cudaStream_t stream) {
     const cudaError_t error =
         launch<mma_conv_kernel<T, kTile>>(mma_conv_shape(p), stream, p, steps0, steps1);
     if (error != cudaSuccess || p.plan.splits == 1) return error;
-    constexpr bool kNarrow = kMmaTiles[kTile].narrow;
-    return launch<split_sum_kernel<T, kNarrow>>(split_sum_shape(p), stream, p,
-                                                first_source_splits(steps0, steps1, p.plan.splits));
+    return launch_split_sum_as<T>(p, kMmaTiles[kTile].narrow, stream);
   } else {
     return cudaErrorInvalidValue;
   }
@@ -217,5 +226,11 @@ cudaError_t launch_mma_conv_as(const MmaConvParams& p, cudaStream_t stream) {
 extern template cudaError_t launch_mma_conv_as<Half>(const MmaConvParams& p, cudaStream_t stream);
 extern template cudaError_t launch_mma_conv_as<BFloat>(const MmaConvParams& p, cudaStream_t stream);
 extern template cudaError_t launch_mma_conv_as<float>(const MmaConvParams& p, cudaStream_t stream);
+extern template cudaError_t launch_split_sum_as<Half>(const MmaConvParams& p, bool narrow,
+                                                      cudaStream_t stream);
+extern template cudaError_t launch_split_sum_as<BFloat>(const MmaConvParams& p, bool narrow,
+                                                        cudaStream_t stream);
+extern template cudaError_t launch_split_sum_as<float>(const MmaConvParams& p, bool narrow,
+                                                       cudaStream_t stream);
 
 }  // namespace resnet_fused

@@ -17,7 +17,9 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t, Args... args) {
                            shape.shared_bytes,
                            body,
                            &arguments,
-                           sizeof(arguments)});
+                           sizeof(arguments),
+                           shape.hopper,
+                           shape.dependent});
 }
 
 }  // namespace resnet_fused

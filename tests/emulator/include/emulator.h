@@ -58,6 +58,8 @@ struct Launch {
   void (*body)(void* arguments);  // the kernel's body for one thread
   void* arguments;
   size_t arguments_bytes;
+  bool hopper;     // of a kernel for that GPU alone
+  bool dependent;  // may begin before the kernel in front of it has ended
 };
 // Runs all blocks; returns a cudaError_t. What it finds wrong is kept for api.h's findings().
 int launch(const Launch& launch);

@@ -22,12 +22,28 @@ void Block::check_shared(const unsigned char* p, size_t bytes, bool write, int t
          thread, program);
   }
   if (!instrumented()) return;
-  const Conflict c =
-      write ? shadow_.write(at, bytes, thread, clocks_) : shadow_.read(at, bytes, thread, clocks_);
+  check_result(
+      write ? shadow_.write(at, bytes, thread, clocks_) : shadow_.read(at, bytes, thread, clocks_),
+      at, bytes, write, thread, program);
+}
+
+void Block::check_agent(uint32_t shared, size_t bytes, bool write, Stamp now, const uint32_t* row) {
+  const size_t at = arena_ + shared - shared_begin();
+  check_result(write ? shadow_.agent_write(at, bytes, now, row, clocks_)
+                     : shadow_.agent_read(at, bytes, now, row, clocks_),
+               at, bytes, write, self_->thread, self_->program);
+}
+
+void Block::check_result(const Conflict& c, size_t at, size_t bytes, bool write, int thread,
+                         const void* program) {
   if (c.kind == nullptr) return;
   std::string text = verb(write) + std::string("shared memory at byte ") + std::to_string(at) +
                      " (" + std::to_string(bytes) + " bytes): ";
-  if (c.other >= 0) text += "thread " + std::to_string(c.other) + ": ";
+  if (c.other >= kMostThreads) {
+    text += hopper_.agent_name(c.other) + ": ";
+  } else if (c.other >= 0) {
+    text += "thread " + std::to_string(c.other) + ": ";
+  }
   fail(c.kind, text + c.text + " byte " + std::to_string(c.at), thread, program);
 }
 
@@ -48,6 +64,7 @@ void Block::check_global(const unsigned char* p, size_t bytes, bool write, const
     }
     last_buffer_ = found;
   }
+  if (launch_->dependent) hopper_.check_grid_wait();
   Buffer& b = *all[last_buffer_];
   const size_t at = p - b.begin;
   const auto wrong = [&](const char* kind, const std::string& why) {
@@ -88,7 +105,7 @@ void Block::check_global(const unsigned char* p, size_t bytes, bool write, const
       wrong("double-write", ", which " + who() + " has written in the same launch");
     }
     __atomic_store_n(&owner, me, __ATOMIC_RELAXED);
-    __atomic_store_n(&b.ticks[u], clocks_.clock(self_->warp), __ATOMIC_RELAXED);
+    __atomic_store_n(&b.ticks[u], clocks_.clock(self_->thread), __ATOMIC_RELAXED);
   }
 }
 
@@ -98,6 +115,8 @@ void Block::check(const void* pointer, size_t bytes, bool write, const void* pro
     check_shared(p, bytes, write, self_->thread, program);
   } else if (static_cast<size_t>(p - stacks_) >= stacks_bytes_) {
     check_global(p, bytes, write, program);
+  } else if (hopper_.used()) {
+    hopper_.check_stack(p, bytes, write);
   }
 }
 

@@ -56,9 +56,12 @@ struct Counters {
   uint64_t matrix_loads = 0;    // warp-level ldmatrix
   uint64_t bank_conflicts = 0;  // of these: passes beyond the eight-row minimum
   uint64_t copied_bytes = 0;    // read by cp.async
-  uint64_t read_bytes = 0;      // from global memory otherwise, where every access is checked
-  uint64_t written_bytes = 0;   // to global memory, likewise
-  uint64_t shared_bytes = 0;    // most of any launch
+  uint64_t wgmma = 0;           // warpgroup-level products
+  uint64_t tensor_loads = 0, tensor_stores = 0;
+  uint64_t tensor_bytes = 0;   // that they moved, with what lies outside of the tensor
+  uint64_t read_bytes = 0;     // from global memory otherwise, where every access is checked
+  uint64_t written_bytes = 0;  // to global memory, likewise
+  uint64_t shared_bytes = 0;   // most of any launch
 };
 Counters counters();
 

@@ -10,7 +10,9 @@
 #include "../../../csrc/kernels/mma_conv.h"
 #include "../../../csrc/kernels/pool_linear.h"
 #include "../../../csrc/kernels/stem.h"
+#include "../../../csrc/kernels/wgmma_conv.h"
 #include "api.h"
+#include "tensor_map.h"
 #include "test_kernels.h"
 
 namespace py = pybind11;
@@ -24,6 +26,8 @@ RESNET_FUSED_MAYBE int launch_mma_conv(const MmaConvParams& p, void* stream);
 RESNET_FUSED_MAYBE int launch_pool_linear_cuda(const PoolLinearParams& p, void* stream);
 RESNET_FUSED_MAYBE int launch_relu_max_pool_cuda(const ReluMaxPoolParams& p, void* stream);
 RESNET_FUSED_MAYBE int launch_stem_cuda(const StemParams& p, void* stream);
+RESNET_FUSED_MAYBE int launch_wgmma_conv(const MmaConvParams& p, int multiprocessors,
+                                         bool dependent, void* stream);
 
 }  // namespace resnet_fused
 
@@ -198,41 +202,92 @@ int stem(const py::kwargs& kwargs) {
   return run(launch_stem_cuda, p);
 }
 
+MmaConvParams conv_params(Fields& f) {
+  MmaConvParams p{};
+  const auto sources = f.take("source").cast<py::list>();
+  p.sources = static_cast<int>(sources.size());
+  if (p.sources < 1 || p.sources > 2) throw py::value_error("source must have 1 or 2 entries");
+  for (int i = 0; i < p.sources; ++i) p.source[i] = conv_source(sources[i]);
+  p.residual = f.pointer("residual");
+  p.out = f.pointer("out");
+  p.workspace = f.pointer<float>("workspace");
+  p.N = f.number("N");
+  p.P = f.number("P");
+  p.Q = f.number("Q");
+  p.K = f.number("K");
+  p.dtype = f.dtype("dtype");
+  p.relu = f.take("relu").cast<bool>();
+  const auto plan = f.take("plan").cast<std::vector<int>>();
+  if (plan.size() != 2) throw py::value_error("plan must be (tile, splits)");
+  p.plan.tile = plan[0];
+  p.plan.splits = plan[1];
+  return p;
+}
+
 int mma_conv(const py::kwargs& kwargs) {
   MmaConvParams p{};
   {
     Fields f(kwargs);
-    const auto sources = f.take("source").cast<py::list>();
-    p.sources = static_cast<int>(sources.size());
-    if (p.sources < 1 || p.sources > 2) throw py::value_error("source must have 1 or 2 entries");
-    for (int i = 0; i < p.sources; ++i) p.source[i] = conv_source(sources[i]);
-    p.residual = f.pointer("residual");
-    p.out = f.pointer("out");
-    p.workspace = f.pointer<float>("workspace");
-    p.N = f.number("N");
-    p.P = f.number("P");
-    p.Q = f.number("Q");
-    p.K = f.number("K");
-    p.dtype = f.dtype("dtype");
-    p.relu = f.take("relu").cast<bool>();
-    const auto plan = f.take("plan").cast<std::vector<int>>();
-    if (plan.size() != 2) throw py::value_error("plan must be (tile, splits)");
-    p.plan.tile = plan[0];
-    p.plan.splits = plan[1];
+    p = conv_params(f);
   }
   return run(launch_mma_conv, p);
 }
 
+int wgmma_conv(const py::kwargs& kwargs) {
+  MmaConvParams p{};
+  int multiprocessors = 0;
+  bool dependent = false;
+  {
+    Fields f(kwargs);
+    p = conv_params(f);
+    multiprocessors = f.take("multiprocessors").cast<int>();
+    dependent = f.take("dependent", py::bool_(false)).cast<bool>();
+  }
+  if (launch_wgmma_conv == nullptr) throw py::import_error("this library has no such kernel");
+  py::gil_scoped_release unlocked;
+  return launch_wgmma_conv(p, multiprocessors, dependent, nullptr);
+}
+
+char* as_chars(unsigned char* p) { return reinterpret_cast<char*>(p); }
+
 int test_kernel(const std::string& name, const std::vector<uintptr_t>& pointers,
                 const std::vector<int64_t>& numbers, const std::vector<int64_t>& grid, int threads,
-                int64_t shared_bytes) {
+                int64_t shared_bytes, const std::vector<std::string>& maps, bool hopper,
+                bool dependent) {
   emulator::TestArguments a{};
   for (size_t i = 0; i < pointers.size(); ++i) a.p[i] = reinterpret_cast<void*>(pointers.at(i));
   for (size_t i = 0; i < numbers.size(); ++i) a.n[i] = numbers.at(i);
-  const emulator::TestShape shape{{grid.at(0), grid.at(1), grid.at(2)}, threads, shared_bytes};
+  for (size_t i = 0; i < maps.size(); ++i) maps[i].copy(as_chars(a.map[i].bytes), 128);
+  const emulator::TestShape shape{
+      {grid.at(0), grid.at(1), grid.at(2)}, threads, shared_bytes, hopper, dependent};
   const auto launch = emulator::test_kernels().at(name);
   py::gil_scoped_release unlocked;
   return launch(shape, a);
+}
+
+// The driver's functions; None where they refuse.
+py::object encode_tiled(int type, uintptr_t address, const std::vector<uint64_t>& dims,
+                        const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box,
+                        const std::vector<uint32_t>& steps, int swizzle, int interleave,
+                        int l2_promotion, int fill, int misplaced) {
+  alignas(64) char map[256];
+  const int error = resnet_fused_tensor_map_encode_tiled(
+      map + misplaced, type, static_cast<uint32_t>(dims.size()), reinterpret_cast<void*>(address),
+      dims.data(), strides.data(), box.data(), steps.data(), interleave, swizzle, l2_promotion,
+      fill);
+  return error != 0 ? py::object(py::none()) : py::bytes(map + misplaced, 128);
+}
+py::object encode_im2col(int type, uintptr_t address, const std::vector<uint64_t>& dims,
+                         const std::vector<uint64_t>& strides, const std::vector<int>& lower,
+                         const std::vector<int>& upper, uint32_t channels, uint32_t pixels,
+                         const std::vector<uint32_t>& steps, int swizzle, int interleave,
+                         int l2_promotion, int fill, int misplaced) {
+  alignas(64) char map[256];
+  const int error = resnet_fused_tensor_map_encode_im2col(
+      map + misplaced, type, static_cast<uint32_t>(dims.size()), reinterpret_cast<void*>(address),
+      dims.data(), strides.data(), lower.data(), upper.data(), channels, pixels, steps.data(),
+      interleave, swizzle, l2_promotion, fill);
+  return error != 0 ? py::object(py::none()) : py::bytes(map + misplaced, 128);
 }
 
 emulator::BufferKind kind_of(const std::string& name) {
@@ -268,6 +323,10 @@ py::dict counters() {
   d["ldmatrix"] = c.matrix_loads;
   d["bank_conflicts"] = c.bank_conflicts;
   d["copied_bytes"] = c.copied_bytes;
+  d["wgmma"] = c.wgmma;
+  d["tensor_loads"] = c.tensor_loads;
+  d["tensor_stores"] = c.tensor_stores;
+  d["tensor_bytes"] = c.tensor_bytes;
   d["read_bytes"] = c.read_bytes;
   d["written_bytes"] = c.written_bytes;
   d["shared_bytes"] = c.shared_bytes;
@@ -300,4 +359,11 @@ PYBIND11_MODULE(emulator_native, m) {
   m.def("relu_max_pool", relu_max_pool);
   m.def("stem", stem);
   m.def("test_kernel", test_kernel);
+  m.def("wgmma_conv", wgmma_conv);
+  using py::literals::operator""_a;
+  m.def("encode_tiled", encode_tiled, "type"_a, "address"_a, "dims"_a, "strides"_a, "box"_a,
+        "steps"_a, "swizzle"_a, "interleave"_a, "l2_promotion"_a, "fill"_a, "misplaced"_a);
+  m.def("encode_im2col", encode_im2col, "type"_a, "address"_a, "dims"_a, "strides"_a, "lower"_a,
+        "upper"_a, "channels"_a, "pixels"_a, "steps"_a, "swizzle"_a, "interleave"_a,
+        "l2_promotion"_a, "fill"_a, "misplaced"_a);
 }

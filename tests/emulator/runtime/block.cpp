@@ -35,6 +35,12 @@ const char* name(Collective op) {
       return "ldmatrix";
     case Collective::multiply:
       return "mma";
+    case Collective::elect:
+      return "elect";
+    case Collective::registers:
+      return "setmaxnreg";
+    case Collective::products:
+      return "an instruction of wgmma";
     default:
       return "nothing";
   }
@@ -89,7 +95,8 @@ bool Block::run(const Launch& launch, uint64_t launch_number, uint64_t number, u
   }
 
   const int warps = (threads_ + 31) / 32;
-  clocks_.reset(warps);
+  clocks_.reset(threads_);
+  hopper_.reset(threads_);
   warps_.assign(warps, Warp{});
   ready_ = 0;
   for (int t = 0; t < warps * 32; ++t) {
@@ -145,11 +152,14 @@ Fiber* Block::pick() {
 
 void Block::leave() {
   Fiber& from = *self_;
+  if (hopper_.anything_to_land() && random_.below(8) == 0) hopper_.land_something();
   self_ = pick();
+  while (self_ == nullptr && live_ > 0 && hopper_.land_something()) self_ = pick();
   if (self_ == nullptr) {
     if (live_ > 0) report_deadlock();
     switch_context(from.context, main_);
   }
+  if (self_ == &from) return;  // what landed was what it waited for
   switch_context(from.context, self_->context);
 }
 
@@ -159,8 +169,10 @@ void Block::thread_done() {
   uint64_t canary;
   std::memcpy(&canary, stacks_ + f.thread * kStackPitch, sizeof(canary));
   if (canary != kCanary) fail("stack", "the thread used more stack than the emulator has");
+  if (hopper_.used()) hopper_.thread_ends();
   f.exited = true;
   --live_;
+  if (hopper_.used() && live_ == 0) hopper_.block_ends();
   Warp& warp = warps_[f.warp];
   warp.exited |= bit(f.lane);
   if (warp.arrived != 0 && warp.op == Collective::barrier && (warp.arrived | warp.exited) == ~0u) {
@@ -169,6 +181,23 @@ void Block::thread_done() {
   if (arrived_ != 0 && arrived_ == live_) release_barrier();
   leave();
   __builtin_unreachable();
+}
+
+void Block::suspend() {
+  self_->wait = Wait::hopper;
+  leave();
+}
+
+void Block::wake(int thread) {
+  Fiber& f = *fibers_[thread];
+  f.wait = Wait::none;
+  warps_[f.warp].runnable |= bit(f.lane);
+  ready_ |= bit(f.warp);
+}
+
+void Block::wake_all(std::vector<int>& threads) {
+  for (const int t : threads) wake(t);
+  threads.clear();
 }
 
 void Block::block_barrier(Site site) {
@@ -204,11 +233,7 @@ void Block::release_barrier() {
     }
   }
   for (int t = 0; t < threads_; ++t) {
-    Fiber& f = *fibers_[t];
-    if (f.wait != Wait::block_barrier) continue;
-    f.wait = Wait::none;
-    warps_[f.warp].runnable |= bit(f.lane);
-    ready_ |= bit(f.warp);
+    if (fibers_[t]->wait == Wait::block_barrier) wake(t);
   }
   arrived_ = 0;
   warp_ = -1;
@@ -252,7 +277,7 @@ void Block::collective(Collective op, uint32_t variant, void* operands,
 
 void Block::finish_warp_barrier(Warp& warp) {
   const int number = static_cast<int>(&warp - warps_.data());
-  clocks_.warp_barrier(number);
+  clocks_.warp_barrier(number, warp.arrived | (self_->warp == number ? bit(self_->lane) : 0));
   warp.runnable = warp.arrived;
   if (warp.runnable != 0) ready_ |= bit(number);
   for (int lane = 0; lane < 32; ++lane) {
@@ -270,6 +295,7 @@ void Block::report_deadlock() {
         const Fiber& f = *fibers_[t];
         if (t >= threads_ || f.exited) return "";
         if (f.wait == Wait::block_barrier) return "__syncthreads at " + place(f.site);
+        if (f.wait == Wait::hopper) return hopper_.place_of(t);
         return name(warps_[w].op);
       };
       const std::string first = what(lane);
@@ -281,7 +307,7 @@ void Block::report_deadlock() {
   }
   text.back() = '.';
   if (live_ < threads_) text += " " + std::to_string(threads_ - live_) + " threads have ended.";
-  fail("deadlock", text, -1, nullptr);
+  fail("deadlock", text + hopper_.barrier_objects(), -1, nullptr);
 }
 
 void Block::fail(const char* kind, const std::string& text, int thread, const void* program) {

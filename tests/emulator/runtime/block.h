@@ -7,15 +7,17 @@
 #include <vector>
 
 #include "api.h"
+#include "clocks.h"
 #include "emulator.h"
 #include "fiber.h"
+#include "hopper.h"
 #include "shadow.h"
 
 namespace emulator {
 
-constexpr int kMostThreads = 1024;
 constexpr int kMostWarps = kMostThreads / 32;
-constexpr size_t kSharedArena = 128 * 1024;
+// The address of a place in shared memory is its offset in the arena; wgmma takes 18 bits of it.
+constexpr size_t kSharedArena = 240 * 1024;
 constexpr size_t kSharedMargin = 1024;  // before and behind a block's shared memory in the arena
 
 // Small and good enough for schedules.
@@ -41,10 +43,20 @@ struct Copy {
   uint32_t group;
 };
 
-enum class Wait { none, block_barrier, warp };
+enum class Wait { none, block_barrier, warp, hopper };
 
 // What a warp does together.
-enum class Collective { none, barrier, shuffle, ballot, load_matrix, multiply };
+enum class Collective {
+  none,
+  barrier,
+  shuffle,
+  ballot,
+  load_matrix,
+  multiply,
+  elect,
+  registers,
+  products
+};
 
 struct Fiber {
   Context context;
@@ -93,6 +105,13 @@ class Block {
   void check_shared(const unsigned char* p, size_t bytes, bool write, int thread,
                     const void* program);
 
+  // The same for an agent, by order of whoever knows the row.
+  void check_agent(uint32_t shared, size_t bytes, bool write, Stamp now, const uint32_t* row);
+  // The running fiber waits until another wakes it.
+  void suspend();
+  void wake(int thread);
+  void wake_all(std::vector<int>& threads);
+
   unsigned char* shared_begin() { return arena_ + shared_offset_; }
   unsigned char* arena() { return arena_; }
   Index index() const { return index_; }
@@ -100,6 +119,11 @@ class Block {
   Fiber& fiber(int thread) { return *fibers_[thread]; }
   Random& random() { return random_; }
   Counters& counters() { return counters_; }
+  Clocks& clocks() { return clocks_; }
+  SharedShadow& shadow() { return shadow_; }
+  Hopper& hopper() { return hopper_; }
+  size_t shared_bytes() const { return shared_bytes_; }
+  int threads() const { return threads_; }
 
  private:
   static void fiber_entry();
@@ -110,6 +134,8 @@ class Block {
   void finish_warp_barrier(Warp& warp);
   [[noreturn]] void report_deadlock();
   void land(const Copy& copy);
+  void check_result(const Conflict& c, size_t at, size_t bytes, bool write, int thread,
+                    const void* program);
   bool in_arena(const void* p) const {
     return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(arena_) < kSharedArena;
   }
@@ -134,12 +160,13 @@ class Block {
   unsigned char* arena_ = nullptr;
   size_t shared_offset_ = 0, shared_bytes_ = 0;
   SharedShadow shadow_;
-  WarpClocks clocks_;
+  Clocks clocks_;
+  Hopper hopper_{*this};
   int last_buffer_ = -1;  // where check_global looks first
   bool failed_ = false;
 };
 
 // The block that runs on this operating-system thread; null on the host's side.
-extern thread_local Block* current_block __attribute__((tls_model("initial-exec")));
+extern thread_local Block* current_block;
 
 }  // namespace emulator

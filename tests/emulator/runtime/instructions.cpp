@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "memory.h"
+#include "number.h"
 
 #define RETURN_ADDRESS __builtin_extract_return_addr(__builtin_return_address(0))
 
@@ -111,31 +112,6 @@ void load_matrix_all(Block& b, Warp& warp) {
       lane_of(lane).registers[m] = low | high << 16;
     }
   }
-}
-
-float from_f16(uint32_t v) {
-  const uint32_t sign = (v & 0x8000u) << 16, magnitude = v & 0x7fffu;
-  uint32_t bits = magnitude << 13;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  f *= 0x1p112f;
-  std::memcpy(&bits, &f, 4);
-  if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude & 0x3ff) << 13;
-  bits |= sign;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-float from_bits(uint32_t v) {
-  float f;
-  std::memcpy(&f, &v, 4);
-  return f;
-}
-
-// Whether a register means the same in TF32 whatever becomes of its low 13 bits.
-bool is_tf32(uint32_t v) {
-  const bool nan = (v & 0x7f800000u) == 0x7f800000u && (v & 0x007fe000u) != 0;
-  return nan || (v & 0x1fffu) == 0;
 }
 
 struct ProductLane {

@@ -28,6 +28,7 @@ Machine& machine() {
 
 constexpr int kInvalidConfiguration = 9, kLaunchFailure = 719;
 constexpr int64_t kMostShared = 99 * 1024;  // of the GPUs with the least
+constexpr int64_t kMostSharedHopper = 227 * 1024;
 
 // Why a GPU would refuse the launch; empty if it would not.
 std::string refusal(const Launch& l) {
@@ -40,7 +41,7 @@ std::string refusal(const Launch& l) {
   if (l.threads < 1 || l.threads > kMostThreads) {
     return std::to_string(l.threads) + " threads in a block";
   }
-  if (l.shared_bytes < 0 || l.shared_bytes > kMostShared) {
+  if (l.shared_bytes < 0 || l.shared_bytes > (l.hopper ? kMostSharedHopper : kMostShared)) {
     return std::to_string(l.shared_bytes) + " bytes of shared memory";
   }
   return "";
@@ -98,6 +99,10 @@ Counters counters() {
     sum.matrix_loads += c.matrix_loads;
     sum.bank_conflicts += c.bank_conflicts;
     sum.copied_bytes += c.copied_bytes;
+    sum.wgmma += c.wgmma;
+    sum.tensor_loads += c.tensor_loads;
+    sum.tensor_stores += c.tensor_stores;
+    sum.tensor_bytes += c.tensor_bytes;
     sum.read_bytes += c.read_bytes;
     sum.written_bytes += c.written_bytes;
   }
