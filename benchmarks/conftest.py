@@ -27,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(name, default=default, help=f"{text} (default: {default})")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What is timed has the machine for itself."""
+    return 0
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Grade the machine before anything is timed."""
     machine.select(config.getoption("--device"))
