@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ResNet inference in PyTorch by fused kernels, without changing anything else about the model."""
 
+from typing import TYPE_CHECKING, Any
+
 from resnet_fused import models, ops
 from resnet_fused._info import info
 from resnet_fused.dispatch import backend, set_batch_invariant
@@ -33,12 +35,16 @@ from resnet_fused.ops import (
 from resnet_fused.report import report
 from resnet_fused.verify import VerificationError, verify
 
+if TYPE_CHECKING:
+    from resnet_fused.predict.predictor import Predictor
+
 __version__ = "0.1.0"
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBN",
+    "Predictor",
     "ResNet",
     "VerificationError",
     "add_relu",
@@ -68,3 +74,12 @@ __all__ = [
     "wide_resnet101_2",
     "wide_resnet50_2",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``Predictor`` needs Pillow, which nothing else here does: imported when it is asked for."""
+    if name != "Predictor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from resnet_fused.predict.predictor import Predictor
+
+    return Predictor

@@ -21,7 +21,7 @@ from resnet_cases import lively
 from resnet_fused import __version__
 from resnet_fused.cli.main import COMMANDS, main
 from resnet_fused.models import resnet18
-from resnet_fused.predict import pipeline
+from resnet_fused.predict.predictor import Predictor
 
 CLASSES = 7
 COLUMNS = ["filename", "index", "label", "prob", "rank", "error"]
@@ -170,7 +170,7 @@ def test_wrong_number_of_labels(
     ("arguments", "message"),
     [
         ([], "required: SOURCE"),
-        (["x.jpg"], "--weights must be given, because an untrained model predicts nothing"),
+        (["x.jpg"], "weights must be given, because an untrained model predicts nothing"),
         (["x.jpg", "--weights", "missing.pth"], "missing.pth does not exist"),
         (["x.jpg", "--weights", "random", "--model", "resnet19"], "invalid choice: 'resnet19'"),
         (["x.jpg", "--weights", "random", "--crop", "300"], "crop must be from 1 to resize"),
@@ -295,7 +295,7 @@ def test_an_error_in_the_model_is_not_hidden(
     def fail(self: object, pixels: object) -> None:
         raise RuntimeError("kernel")
 
-    monkeypatch.setattr(pipeline.Classifier, "__call__", fail)
+    monkeypatch.setattr(Predictor, "classify", fail)
     output = tmp_path / "preds.csv"
     with pytest.raises(RuntimeError, match="kernel"):
         main(["predict", str(photos), "--weights", weights, *SMALL, "--output", str(output)])

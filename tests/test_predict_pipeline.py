@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_fused.predict import pipeline
-from resnet_fused.predict.pipeline import Classifier, Loaded, Tally, ahead, classify, load, run
+from resnet_fused.predict import loading, pipeline
+from resnet_fused.predict.loading import Loaded, load
+from resnet_fused.predict.pipeline import Tally, ahead, run
+from resnet_fused.predict.predictor import Predictor
 from resnet_fused.predict.preprocess import Preprocessing
 from resnet_fused.predict.sources import Found
 from resnet_fused.predict.writer import Prediction
@@ -48,8 +50,9 @@ class Rows:
         pass
 
 
-def classifier(model: nn.Module | None = None) -> Classifier:
-    return Classifier(model or Mean(), PREP, torch.float32, torch.device("cpu"), 3)
+def predictor(model: nn.Module | None = None, **options: Any) -> Predictor:
+    options = {"preprocessing": PREP, "top": 3, "threads": 3, **options}
+    return Predictor(model or Mean(), **options)
 
 
 def picture(folder: Path, name: str, colour: tuple[int, int, int]) -> Found:
@@ -59,8 +62,8 @@ def picture(folder: Path, name: str, colour: tuple[int, int, int]) -> Found:
 
 
 def do(sources: Any, rows: Any, **options: Any) -> Tally:
-    defaults: dict[str, Any] = {"batch_size": 4, "threads": 3}
-    return run(sources, classifier(), ["red", "green", "blue"], rows, **(defaults | options))
+    model = predictor(labels=["red", "green", "blue"])
+    return run(sources, model, rows, **({"batch_size": 4} | options))
 
 
 def test_results_come_in_the_order_of_the_items_whichever_is_ready_first() -> None:
@@ -181,11 +184,11 @@ def test_nan_of_the_model_is_a_failure(tmp_path: Path) -> None:
     class Overflow(Mean):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
-            y[1] = float("nan")
+            y[1:2] = float("nan")
             return y
 
     items = [load(picture(tmp_path, f"{i}.png", (i, 0, 0)), PREP) for i in range(3)]
-    first, second, third = classify(items, classifier(Overflow()), None)
+    first, second, third = predictor(Overflow()).classify(items)
     assert first.error is None and third.error is None
     assert second.index == [] and "NaN" in (second.error or "")
 
@@ -199,7 +202,7 @@ def test_any_exception_of_a_decoder_becomes_an_error(
     def fail(data: bytes) -> Any:
         raise SyntaxError("not a\n  TIFF")
 
-    monkeypatch.setattr(pipeline, "decode", fail)
+    monkeypatch.setattr(loading, "decode", fail)
     item = load(found, PREP)
     assert item.pixels is None and item.error == "SyntaxError: not a TIFF"
 
@@ -229,8 +232,7 @@ def test_stages_are_timed(tmp_path: Path) -> None:
 
 def test_top_is_at_most_all_classes() -> None:
     """Breaks if --top 5 fails on a model of three classes."""
-    pixels: Sequence[Tensor] = [torch.zeros(32, 32, 3, dtype=torch.uint8)]
-    five = Classifier(Mean(), PREP, torch.float32, torch.device("cpu"), 5)
-    (prob,), (index,) = five(pixels)
-    assert len(prob) == len(index) == 3
-    assert classify([Loaded("a", pixels[0], None, {})], five, None)[0].label == [None] * 3
+    image = Loaded("a", torch.zeros(32, 32, 3, dtype=torch.uint8), None, {})
+    (prediction,) = predictor(top=5).classify([image])
+    assert len(prediction.prob) == len(prediction.index) == 3
+    assert prediction.label == [None] * 3

@@ -8,19 +8,15 @@ import sys
 import warnings
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_fused import models
 from resnet_fused.models.weights import resolve
 from resnet_fused.predict import pipeline, sources, writer
-from resnet_fused.predict.decode import torchvision_decoder
-from resnet_fused.predict.labels import read_labels
-from resnet_fused.predict.preprocess import INTERPOLATIONS, Preprocessing, preprocessing_of
+from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
+from resnet_fused.predict.preprocess import INTERPOLATIONS, preprocessing_of
 
-MODELS = [name for name in models.__all__ if name.islower() and "resne" in name]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PREPROCESSING = ("resize", "crop", "interpolation", "mean", "std")
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 OK, STOPPED, SOME_FAILED = 0, 1, 2
 
@@ -119,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         sources.check(args.sources)
         writer.check(args.output, args.overwrite)
-        classifier, names = _prepare(args)
+        predictor = _prepare(args)
         out = writer.Writer(args.output)
     except (OSError, RuntimeError, TypeError, ValueError) as problem:
         return _fail(str(problem))
@@ -129,11 +125,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         tally = pipeline.run(
             sources.expand(args.sources),
-            classifier,
-            names,
+            predictor,
             out,
-            batch_size=args.batch_size or BATCH_SIZE[classifier.device.type],
-            threads=args.threads or torch.get_num_threads(),
+            batch_size=args.batch_size or BATCH_SIZE[predictor.device.type],
             max_errors=args.max_errors,
             progress=lambda tally: _show(bar, tally),
         )
@@ -155,50 +149,37 @@ def run(args: argparse.Namespace) -> int:
     return SOME_FAILED if tally.failed else OK
 
 
-def _prepare(args: argparse.Namespace) -> tuple[pipeline.Classifier, list[str] | None]:
+def _prepare(args: argparse.Namespace) -> Predictor:
     """Load the model and say on stderr what will be used."""
-    device = torch.device(args.device)
-    if device.type not in BATCH_SIZE:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {args.device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU, but torch.cuda.is_available() is False")
-    if args.weights is None:
-        raise ValueError(
-            "--weights must be given, because an untrained model predicts nothing: a .pth or "
-            ".safetensors file, or a name such as IMAGENET1K_V2; --weights random is accepted "
-            "for speed tests"
-        )
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    weights = None if args.weights == "random" else resolve(args.weights, args.model)
-    prep = preprocessing_of(
-        weights,
-        resize=args.resize,
-        crop=args.crop,
-        interpolation=args.interpolation,
-        mean=args.mean,
-        std=args.std,
+    changes = {name: getattr(args, name) for name in PREPROCESSING}
+    prep = None
+    if any(value is not None for value in changes.values()):
+        named = args.weights not in (None, "random")
+        weights = resolve(args.weights, args.model) if named else None
+        prep = preprocessing_of(weights, **changes)
+    predictor = Predictor(
+        args.model,
+        args.weights,
+        preprocessing=prep,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        top=args.top,
+        labels=args.labels,
+        progress=not args.quiet,
     )
-    torch.manual_seed(0)  # --weights random gives the same model every time
-    model = getattr(models, args.model)(weights=weights, progress=not args.quiet).eval()
-    dtype = DTYPES[args.dtype]
-    model = model.to(device, dtype, memory_format=torch.channels_last)
-    if args.labels is None:
-        names = models.categories(weights, args.model)
-    else:
-        names = read_labels(args.labels, model.fc.out_features)
     if not args.quiet:
-        _announce(args, prep, names)
-    return pipeline.Classifier(model, prep, dtype, device, args.top), names
+        _announce(args, predictor)
+    return predictor
 
 
-def _announce(args: argparse.Namespace, prep: Preprocessing, names: list[str] | None) -> None:
-    jpeg = "Pillow" if torchvision_decoder() is None else "torchvision for JPEG, else Pillow"
+def _announce(args: argparse.Namespace, predictor: Predictor) -> None:
+    names = predictor.labels
     labels = "none known; --labels FILE gives them" if names is None else f"{len(names)} names"
     print(
         f"model: {args.model}, weights {args.weights}, {args.dtype} on {args.device}\n"
-        f"preprocessing: {prep}\n"
-        f"decoder: {jpeg}\n"
+        f"preprocessing: {predictor.prep}\n"
+        f"decoder: {predictor.decoder}\n"
         f"labels: {labels}",
         file=sys.stderr,
     )

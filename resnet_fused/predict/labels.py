@@ -33,16 +33,19 @@ def read_labels(path: str, num_classes: int) -> list[str]:
         ) from error
     if isinstance(content, Mapping):
         content = _by_index(content, path)
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+    return check_labels(content, num_classes, f"labels {path}")
+
+
+def check_labels(names: Any, num_classes: int, what: str) -> list[str]:
+    """The names without white space around them; raises ValueError if they cannot be right."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what} must hold a list of names or an object from class index to name")
+    if len(names) != num_classes:
         raise ValueError(
-            f"labels {path} must hold a list of names or an object from class index to name"
+            f"{what} must name {num_classes} classes, one for each output of the model, "
+            f"got {len(names)}"
         )
-    if len(content) != num_classes:
-        raise ValueError(
-            f"labels {path} must name {num_classes} classes, one for each output of the model, "
-            f"got {len(content)}"
-        )
-    return [name.strip() for name in content]
+    return [name.strip() for name in names]
 
 
 def _by_index(content: Mapping[str, Any], path: str) -> list[Any]:
