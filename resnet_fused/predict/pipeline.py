@@ -92,6 +92,7 @@ def run(
     batch_size: int,
     max_errors: int | None = None,
     progress: Callable[[Tally], None] = lambda tally: None,
+    tally: Tally | None = None,
 ) -> Tally:
     """Classify images and write a prediction for each, in the order of ``sources``.
 
@@ -105,11 +106,12 @@ def run(
         batch_size: images per batch; failed ones are left out of theirs.
         max_errors: failed images to accept; None accepts all.
         progress: called after every batch.
+        tally: of what was done before, to be added to.
 
     Raises:
         TooManyErrors: more than ``max_errors`` images failed; what came before is written.
     """
-    tally = Tally()
+    tally = tally or Tally()
     model_threads = torch.get_num_threads() if predictor.device.type == "cpu" else 1
 
     threads = predictor.threads
