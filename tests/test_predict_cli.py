@@ -91,7 +91,7 @@ def test_predict_in_a_shell(photos: Path, weights: str) -> None:
     assert "except resize crop as given" in done.stderr
     shares = r"read \d+ % decode \d+ % resize \d+ % model \d+ % write \d+ %"
     closing = done.stderr.splitlines()[-1]
-    assert re.fullmatch(rf"15 images, 4 failed, [\d.,]+ img/s; {shares}", closing)
+    assert re.fullmatch(rf"15 images, 4 failed, [\d.,]+ img/s; {shares}; limit: \w+", closing)
     assert "\r" not in done.stderr, "a progress bar where nobody watches"
 
 
@@ -169,7 +169,7 @@ def test_wrong_number_of_labels(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: SOURCE"),
+        ([], "SOURCE must name at least one file"),
         (["x.jpg"], "weights must be given, because an untrained model predicts nothing"),
         (["x.jpg", "--weights", "missing.pth"], "missing.pth does not exist"),
         (["x.jpg", "--weights", "random", "--model", "resnet19"], "invalid choice: 'resnet19'"),
@@ -181,6 +181,8 @@ def test_wrong_number_of_labels(
         (["x.jpg", "--weights", "random", "--device", "tpu"], "tpu"),
         (["x.jpg", "--weights", "random", "--device", "mps"], "must be cpu, cuda or cuda:N"),
         (["x.jpg", "--weights", "random", "--output", "preds.txt"], "must end in .csv or .jsonl"),
+        (["x.jpg", "--weights", "random", "--unit", "10"], "--unit is for a folder"),
+        (["x.jpg", "--resume"], "--resume needs --output"),
         (["@missing.txt", "--weights", "random"], "missing.txt"),
     ],
 )

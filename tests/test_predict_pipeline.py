@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 import tracemalloc
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,8 @@ def test_closing_line_gives_shares_of_busy_time(monkeypatch: pytest.MonkeyPatch)
     tally = Tally(12345, 38, seconds, started=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: 100.0 + 12345 / 322)
     assert str(tally) == (
-        "12,345 images, 38 failed, 322 img/s; read 4 % decode 61 % resize 12 % model 21 % write 2 %"
+        "12,345 images, 38 failed, 322 img/s; "
+        "read 4 % decode 61 % resize 12 % model 21 % write 2 %; limit: decode"
     )
 
 
@@ -236,3 +238,21 @@ def test_top_is_at_most_all_classes() -> None:
     (prediction,) = predictor(top=5).classify([image])
     assert len(prediction.prob) == len(prediction.index) == 3
     assert prediction.label == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "beside", "limit"),
+    [
+        ({"decode": 30, "resize": 25, "model": 40}, 0, "model"),  # one pool of cores
+        ({"decode": 30, "resize": 25, "model": 40}, 1, "decode"),  # a GPU waits for one thread
+        ({"decode": 30, "resize": 25, "model": 40}, 4, "model"),  # four are enough
+        ({"read": 9, "write": 2, "model": 1}, 3, "write"),
+        ({}, 0, "none"),
+    ],
+)
+def test_limit_is_what_keeps_the_rest_waiting(
+    seconds: dict[str, float], beside: int, limit: str
+) -> None:
+    """Breaks if users of a GPU are told that it is too slow where it waits for the decoder."""
+    tally = Tally(1, 0, defaultdict(float, seconds), beside=beside)
+    assert tally.limit() == limit

@@ -11,13 +11,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from resnet_fused.cli import job
 from resnet_fused.models.weights import resolve
 from resnet_fused.predict import pipeline, sources, writer
 from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
 from resnet_fused.predict.preprocess import INTERPOLATIONS, preprocessing_of
 
 PREPROCESSING = ("resize", "crop", "interpolation", "mean", "std")
-BATCH_SIZE = {"cpu": 32, "cuda": 256}
 OK, STOPPED, SOME_FAILED = 0, 1, 2
 
 DESCRIPTION = f"""\
@@ -37,6 +37,13 @@ output:
   Rows come in the order of the sources, by name within a folder. An image that cannot be read has
   one row with only filename and error. label is empty where class names are not known.
   A file is written under a temporary name (ending in .part) and renamed when it is complete.
+
+  An --output that ends in / or is a folder gets Parquet files part-00000.parquet, ..., one row per
+  image as in JSON lines, and a manifest of all images. Killed at any moment, the same command with
+  --resume goes on behind the complete parts; the parts come out as if nothing had happened. The
+  model, its options and the images must be the same; without SOURCE they are the manifest's.
+  Several processes share a job: torchrun --standalone --nproc-per-node=gpu -m resnet_fused predict
+  ...; each takes every WORLD_SIZE-th part from RANK on. Needs pip install 'resnet_fused[parquet]'.
 
 images:
   The first frame, upright according to EXIF, as 8-bit RGB without alpha; resized and cropped in
@@ -64,7 +71,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="file, folder, glob, @list.txt or -")
+    add("sources", nargs="*", metavar="SOURCE", help="file, folder, glob, @list.txt or -")
     add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     add(
         "--weights",
@@ -95,7 +102,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="K",
         help="classes per image, at most all (default: 5)",
     )
-    add("--output", metavar="FILE", help="ending in .csv or .jsonl (default: CSV on stdout)")
+    add(
+        "--output",
+        metavar="FILE|FOLDER",
+        help="a file ending in .csv or .jsonl, or a folder/ for a job that can be resumed "
+        "(default: CSV on stdout)",
+    )
+    add("--resume", action="store_true", help="go on with the job in the folder, or begin it")
+    add("--unit", type=_positive, metavar="N", help="images per part of a job (default: 1000)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--max-errors", type=int, metavar="N", help="stop when more than N images have failed")
     add("--quiet", action="store_true", help="only errors on stderr")
@@ -113,12 +127,18 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
-        sources.check(args.sources)
-        writer.check(args.output, args.overwrite)
-        predictor = _prepare(args)
-        out = writer.Writer(args.output)
-    except (OSError, RuntimeError, TypeError, ValueError) as problem:
+        where = job.place()
+        folder = job.folder_of(args, where)
+        if args.sources or not args.resume:
+            sources.check(args.sources)
+        if folder is None:
+            writer.check(args.output, args.overwrite)
+        predictor = _prepare(args, where)
+        out = writer.Writer(args.output) if folder is None else None
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as problem:
         return _fail(str(problem))
+    if out is None:
+        return _run_job(args, str(folder), predictor, where)
     show = not args.quiet and sys.stderr.isatty()
     total = sources.count(args.sources) if show else None
     bar = tqdm(total=total, unit="img", disable=not show)
@@ -127,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
             sources.expand(args.sources),
             predictor,
             out,
-            batch_size=args.batch_size or BATCH_SIZE[predictor.device.type],
+            batch_size=args.batch_size or pipeline.BATCH_SIZE[predictor.device.type],
             max_errors=args.max_errors,
             progress=lambda tally: _show(bar, tally),
         )
@@ -149,7 +169,16 @@ def run(args: argparse.Namespace) -> int:
     return SOME_FAILED if tally.failed else OK
 
 
-def _prepare(args: argparse.Namespace) -> Predictor:
+def _run_job(args: argparse.Namespace, folder: str, predictor: Predictor, where: job.Place) -> int:
+    try:
+        failed = job.run(args, folder, predictor, where)
+    except (OSError, ValueError, pipeline.TooManyErrors) as problem:
+        who = "" if where.world == 1 else f"rank {where.rank}: "
+        return _fail(f"{who}{problem}")
+    return SOME_FAILED if failed else OK
+
+
+def _prepare(args: argparse.Namespace, where: job.Place) -> Predictor:
     """Load the model and say on stderr what will be used."""
     changes = {name: getattr(args, name) for name in PREPROCESSING}
     prep = None
@@ -162,13 +191,13 @@ def _prepare(args: argparse.Namespace) -> Predictor:
         args.weights,
         preprocessing=prep,
         dtype=args.dtype,
-        device=args.device,
-        threads=args.threads,
+        device=where.device(args.device),
+        threads=where.threads(args.threads),
         top=args.top,
         labels=args.labels,
-        progress=not args.quiet,
+        progress=not args.quiet and where.rank == 0,
     )
-    if not args.quiet:
+    if not args.quiet and where.rank == 0:
         _announce(args, predictor)
     return predictor
 

@@ -19,7 +19,6 @@ from resnet_fused.predict.predictor import Predictor
 from resnet_fused.predict.sources import Found
 
 UNIT = 1000
-BATCH_SIZE = {"cpu": 32, "cuda": 256}
 
 
 @dataclass
@@ -153,7 +152,7 @@ def plan(
                 f"{folder} has {min(strays)} but no manifest; give another folder, or move the "
                 "parts away"
             )
-        size = batch_size or BATCH_SIZE[predictor.device.type]
+        size = batch_size or pipeline.BATCH_SIZE[predictor.device.type]
         with _batch_invariant():
             header = Header(_fingerprint(predictor, size), unit or UNIT, size, os.getcwd())
         try:

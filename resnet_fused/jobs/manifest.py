@@ -56,6 +56,10 @@ class Header:
         """How many units there are."""
         return -(-self.images // self.unit)
 
+    def size(self, unit: int) -> int:
+        """How many images a unit has."""
+        return min(self.unit, self.images - unit * self.unit)
+
 
 def write(folder: Path, header: Header, found: Iterable[Found]) -> Header:
     """Write the manifest image by image; it appears when it is complete.

@@ -21,6 +21,7 @@ from resnet_fused.predict.sources import Found
 from resnet_fused.predict.writer import Prediction
 
 STAGES = (*loading.STAGES, "model", "write")
+BATCH_SIZE = {"cpu": 32, "cuda": 256}
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -46,16 +47,31 @@ class Tally:
 
     ``seconds`` are thread-seconds per stage: those of the loading threads are added up, and those
     of the model on a CPU count once per thread of torch, because it keeps that many cores busy.
+    ``beside`` is how many threads load while another device computes, 0 if they share the cores.
     """
 
     images: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     started: float = field(default_factory=time.perf_counter)
+    beside: int = 0
 
     def rate(self) -> float:
         """Images per second since the start."""
         return self.images / max(time.perf_counter() - self.started, 1e-9)
+
+    def limit(self) -> str:
+        """The stage that takes most of what the job is short of; "none" before the first image.
+
+        With loading beside the model that is a stage of whichever of the two keeps the other
+        waiting, else the largest of all.
+        """
+        stages: Iterable[str] = STAGES
+        if self.beside:
+            loading_time = sum(self.seconds[s] for s in loading.STAGES) / self.beside
+            own = STAGES[len(loading.STAGES) :]
+            stages = loading.STAGES if loading_time > sum(self.seconds[s] for s in own) else own
+        return max(stages, key=lambda s: self.seconds[s]) if any(self.seconds.values()) else "none"
 
     def __str__(self) -> str:
         total = sum(self.seconds.values()) or 1.0
@@ -63,7 +79,7 @@ class Tally:
         rate = self.rate()
         return (
             f"{self.images:,} images, {self.failed:,} failed, "
-            f"{rate:,.{0 if rate >= 10 else 1}f} img/s; {shares}"
+            f"{rate:,.{0 if rate >= 10 else 1}f} img/s; {shares}; limit: {self.limit()}"
         )
 
 
@@ -111,10 +127,11 @@ def run(
     Raises:
         TooManyErrors: more than ``max_errors`` images failed; what came before is written.
     """
-    tally = tally or Tally()
-    model_threads = torch.get_num_threads() if predictor.device.type == "cpu" else 1
-
+    tally = Tally() if tally is None else tally
     threads = predictor.threads
+    on_cpu = predictor.device.type == "cpu"
+    model_threads = torch.get_num_threads() if on_cpu else 1
+    tally.beside = 0 if on_cpu else threads
 
     def load_one(found: Found) -> Loaded:
         return load(found, predictor.prep)
