@@ -86,8 +86,11 @@ class Job:
             self._check(predictor)
             images = self._images(unit)
             located = [Found(os.path.join(self.header.root, i.path), i.error) for i in images]
-            with files.appearing(self.path(unit), replace=True) as file:
-                writer = parts.PartWriter(file, self.header, unit, [i.path for i in images])
+            names = [image.path for image in images]
+            with (
+                files.appearing(self.path(unit), replace=True) as file,
+                parts.PartWriter(file, self.header, unit, names) as writer,
+            ):
                 pipeline.run(
                     located,
                     predictor,
@@ -97,7 +100,6 @@ class Job:
                     progress=progress,
                     tally=tally,
                 )
-                writer.finish()
         return Part(self.path(unit), unit, len(images), writer.failed)
 
     def _images(self, unit: int) -> list[Found]:

@@ -9,7 +9,9 @@ images failed; nothing in it depends on time, place or process.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -67,7 +69,7 @@ class PartWriter:
         """Append one prediction; its file name is the manifest's."""
         self.failed += prediction.error is not None
         # A Parquet string must be UTF-8: a byte that is none is shown as \xff.
-        name = next(self._names).encode("utf-8", "backslashreplace").decode()
+        name = os.fsencode(next(self._names)).decode("utf-8", "backslashreplace")
         row = {"filename": name, "error": prediction.error}
         self._rows.append({field: getattr(prediction, field) for field in SCHEMA.names} | row)
         if len(self._rows) == ROWS:
@@ -76,8 +78,15 @@ class PartWriter:
     def flush(self) -> None:
         """Nothing: a part appears as a whole."""
 
-    def finish(self) -> None:
-        """Write what is left, and the metadata."""
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Write what is left, and the metadata; after an exception only let go of the file."""
+        if kind is not None:
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            return
         if self._rows:
             self._write_rows()
         about = {
