@@ -254,7 +254,8 @@ def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> Re
 
     Args:
         weights: None for random ones; a .pth or .safetensors file; torchvision's weights or their
-            name, such as "DEFAULT" or "IMAGENET1K_V2".
+            name, such as "DEFAULT" or "IMAGENET1K_V2"; "hf-hub:org/name" or
+            "hf-hub:org/name@revision" for timm's or transformers' on the Hugging Face Hub.
         progress: show the progress of a download.
         **kwargs: arguments of ``ResNet``.
 
@@ -262,6 +263,7 @@ def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> Re
         ValueError: the weights cannot be found or read, or have another number of classes than
             ``num_classes``.
         RuntimeError: the weights do not fit the network.
+        ConnectionError: the Hub cannot be reached, and what is asked for is not in its cache.
     """
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, kwargs)
 

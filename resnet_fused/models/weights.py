@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.models import hub
+
 SUFFIXES = (".pth", ".pt", ".safetensors", ".tar", ".bin", ".ckpt")
 # Where training scripts put the state_dict in a checkpoint, and what wrappers put before its keys.
 NESTED = ("state_dict", "model", "model_state_dict")
@@ -28,17 +30,21 @@ def resolve(weights: Any, model: str) -> Any:
 
     Args:
         weights: None, a file (str or Path), a torchvision weights enum, the name of one ("DEFAULT",
-            "IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"), or an object with
+            "IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"), a repository of the Hugging Face
+            Hub ("hf-hub:org/name" or "hf-hub:org/name@revision"), or an object with
             ``get_state_dict`` that takes torchvision's arguments.
         model: builder the weights are for, such as "resnet50".
 
     Raises:
-        ValueError: a string is neither a file nor a name that ``model`` has.
+        ValueError: a string is neither a file nor a name that ``model`` has, or see ``hub.find``.
         TypeError: the object is nothing of the above, or a torchvision enum of another model.
         FileNotFoundError: a file is not there.
+        ConnectionError: the Hub has what is asked for, but cannot be reached.
     """
     if weights is None:
         return None
+    if isinstance(weights, str) and weights.startswith(hub.PREFIX):
+        return hub.find(weights, model)
     if isinstance(weights, os.PathLike) or (isinstance(weights, str) and _is_file(weights)):
         path = Path(weights)
         if not path.is_file():
@@ -48,8 +54,8 @@ def resolve(weights: Any, model: str) -> Any:
         return _by_name(weights, model)
     if not hasattr(weights, "get_state_dict"):
         raise TypeError(
-            "weights must be None, a file, the name of torchvision weights or an object with "
-            f"get_state_dict, got {type(weights).__name__}; "
+            "weights must be None, a file, the name of torchvision weights, hf-hub:org/name or an "
+            f"object with get_state_dict, got {type(weights).__name__}; "
             "to use a state_dict, call model.load_state_dict"
         )
     if isinstance(weights, Enum) and type(weights).__module__.startswith("torchvision."):
@@ -70,7 +76,9 @@ def categories(weights: Any, model: str | None = None) -> list[str] | None:
         model: builder the weights are for; needed for a bare name such as "DEFAULT".
     """
     source = weights
-    if isinstance(weights, str):
+    if isinstance(weights, str) and weights.startswith(hub.PREFIX):
+        source = hub.find(weights, model)
+    elif isinstance(weights, str):
         kind = weights.partition(".")[0]
         source = resolve(weights, model or kind.removesuffix("_Weights").lower())
     names = _meta(source).get("categories")
@@ -232,7 +240,8 @@ def _by_name(name: str, model: str) -> Any:
     enum_name = type(next(iter(members.values()))).__name__
     if short not in members or name not in (short, f"{enum_name}.{short}"):
         raise ValueError(
-            f"weights must be a file or one of {model}'s ({', '.join(members)}), got {name!r}"
+            f"weights must be a file, {hub.FORM}, or one of {model}'s ({', '.join(members)}), "
+            f"got {name!r}"
         )
     return members[short]
 
