@@ -56,6 +56,7 @@ exit code:
 
 examples:
   resnet-fused predict photos --weights IMAGENET1K_V2 --output preds.csv
+  resnet-fused predict photos --weights hf-hub:timm/resnet50.a1_in1k --top 1 > preds.csv
   resnet-fused predict photos --weights trained.safetensors --labels classes.txt --dtype bf16
   find . -name '*.png' | resnet-fused predict - --weights trained.pth --top 1 > preds.csv
 """
@@ -76,8 +77,9 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--weights",
         metavar="FILE|NAME",
-        help="a .pth or .safetensors file, or the name of torchvision weights such as "
-        "IMAGENET1K_V2; 'random' for an untrained model (speed tests)",
+        help="a .pth or .safetensors file, the name of torchvision weights such as "
+        "IMAGENET1K_V2, or hf-hub:org/name[@revision]; 'random' for an untrained model (speed "
+        "tests)",
     )
     add(
         "--labels",
