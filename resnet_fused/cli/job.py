@@ -71,11 +71,15 @@ def folder_of(args: argparse.Namespace, where: Place) -> str | None:
         if os.path.exists(output) and not os.path.isdir(output):
             raise ValueError(f"--resume needs --output to be a folder, but {output} is a file")
         importlib.import_module("resnet_fused.jobs")  # early, for its message
+        if args.engine == "ray":
+            _check_ray(args, where)
         return str(output)
     if args.resume:
         raise ValueError("--resume needs --output FOLDER")
     if args.unit is not None:
         raise ValueError("--unit is for a folder: end --output in /")
+    if args.engine == "ray":
+        raise ValueError("--engine ray needs --output to be a folder: end it in /")
     if where.world > 1:
         raise ValueError(
             f"with several processes (WORLD_SIZE={where.world}) --output must be a folder: end it "
@@ -110,14 +114,20 @@ def run(args: argparse.Namespace, folder: str, predictor: Predictor, where: Plac
         bar.update(now.images - bar.n)
 
     try:
-        done = local.run(
-            job,
-            predictor,
-            rank=where.rank,
-            world=where.world,
-            max_errors=args.max_errors,
-            show=show,
-        )
+        if args.engine == "ray":
+            from resnet_fused.jobs import ray_engine
+
+            options = {"threads": args.threads, "max_errors": args.max_errors, "show": show}
+            done = ray_engine.run(job, predictor, **options)
+        else:
+            done = local.run(
+                job,
+                predictor,
+                rank=where.rank,
+                world=where.world,
+                max_errors=args.max_errors,
+                show=show,
+            )
     except BaseException:
         bar.close()
         print(
@@ -141,6 +151,18 @@ def run(args: argparse.Namespace, folder: str, predictor: Predictor, where: Plac
             file=sys.stderr,
         )
     return whole.failed
+
+
+def _check_ray(args: argparse.Namespace, where: Place) -> None:
+    """Refuse what Ray cannot do, before any work is done."""
+    importlib.import_module("resnet_fused.jobs.ray_engine").load()
+    if where.world > 1:
+        raise ValueError(f"--engine ray starts its own processes; WORLD_SIZE is {where.world}")
+    if args.device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device must be cpu or cuda with --engine ray, which gives out the GPUs itself, "
+            f"got {args.device}"
+        )
 
 
 def _number(name: str, default: int) -> int:

@@ -44,6 +44,8 @@ output:
   model, its options and the images must be the same; without SOURCE they are the manifest's.
   Several processes share a job: torchrun --standalone --nproc-per-node=gpu -m resnet_fused predict
   ...; each takes every WORLD_SIZE-th part from RANK on. Needs pip install 'resnet_fused[parquet]'.
+  With --engine ray (pip install 'resnet_fused[ray]') the actors of a Ray cluster share it: one per
+  GPU, or one per --threads CPUs.
 
 images:
   The first frame, upright according to EXIF, as 8-bit RGB without alpha; resized and cropped in
@@ -112,6 +114,13 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--resume", action="store_true", help="go on with the job in the folder, or begin it")
     add("--unit", type=_positive, metavar="N", help="images per part of a job (default: 1000)")
+    add(
+        "--engine",
+        default="local",
+        choices=("local", "ray"),
+        help="ray: parts are made by a Ray cluster's nodes, which see the same files (default: "
+        "local)",
+    )
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--max-errors", type=int, metavar="N", help="stop when more than N images have failed")
     add("--quiet", action="store_true", help="only errors on stderr")
