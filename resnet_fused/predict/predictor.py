@@ -40,7 +40,8 @@ class Predictor:
         model: name of one of this package's models, or a module, which is used as it is, in eval
             mode.
         weights: for a name: a ``.pth`` or ``.safetensors`` file, a torchvision weights enum or the
-            name of one, or "random" (the same untrained model every time). For a module: None.
+            name of one, "hf-hub:org/name[@revision]", or "random" (the same untrained model every
+            time). For a module: None.
         preprocessing: None for what the weights name.
         dtype: "fp32", "bf16" or "fp16"; that of the module's parameters where a module is given.
         device: "cpu", "cuda" or "cuda:N"; where the module's parameters are.

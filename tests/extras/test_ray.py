@@ -30,19 +30,18 @@ from resnet_fused.predict.pipeline import Tally, TooManyErrors  # noqa: E402
 from resnet_fused.predict.preprocess import Preprocessing  # noqa: E402
 
 UNITS = 6
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes on this machine, and this process connected to them."""
+    """A node on this machine with room for one actor, and this process connected to it."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # leave no token in the user's home
-        small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-        nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-        nodes.add_node(**small)
+        nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
         # The actors of these tests are sent by value: no node can import this file.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -173,7 +172,7 @@ def test_a_node_that_is_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A unit that is lost with its machine, or waited for without end."""
-    node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    node = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     folder = job.folder.parent
     (folder / "node").write_text(node.node_id)
