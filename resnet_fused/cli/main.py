@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "compare the fused models with eager PyTorch on this machine",
     "info": "show versions, the loaded library and what this machine supports",
     "check": "compare every op and model with the reference on this machine",
+    "compare": "say what differs between two result files",
 }
 WRONG_USE = 1  # not argparse's 2, which means "done, but some images failed"
 INTERRUPTED = 130
