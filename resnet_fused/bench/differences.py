@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from resnet_fused.bench.results import columns
 from resnet_fused.bench.timing_files import KEY, RATE, Timed, TimingFile
 from resnet_fused.timing import Ratio
 
@@ -28,7 +29,7 @@ def settings_lines(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[str]:
     yield "settings that differ:" if unlike else "settings that differ: none"
     if unlike:
         cells = [[name, a[name], b[name]] for name in unlike]
-        yield from _columns([["", "A", "B"], *cells], left=3, indent="  ")
+        yield from (f"  {line}" for line in columns([["", "A", "B"], *cells], left=3))
     for one, other, name in ((a, b, "B"), (b, a, "A")):
         lone = [f"{key} {one[key]}" for key in one if key not in other]
         if lone:
@@ -140,12 +141,14 @@ class Differences:
         if constant:
             yield "every row: " + ", ".join(f"{name} {keys[0][name]}" for name in constant)
         varied = [name for name in names if name not in constant]
-        head = [*varied, "figure", "A", "B", "speed B/A", "noise", "vs eager A", "B", ""]
+        head = [*varied, "figure", "A", "B", "speed B/A", "noise", "vs eager A", "B"]
         cells = [
             [key.get(name, "") for name in varied] + _cells(pair)
             for key, pair in zip(keys, self.pairs, strict=True)
         ]
-        yield from _columns([head, *cells], left=len(varied) + 1)
+        remarks = ["", *map(_remark, self.pairs)]
+        lines = columns([head, *cells], left=len(varied) + 1)
+        yield from (f"{a}  {b}".rstrip() for a, b in zip(lines, remarks, strict=True))
 
 
 def _grouped(rows: Sequence[Timed]) -> Iterator[str]:
@@ -167,9 +170,6 @@ def _cells(pair: Pair) -> list[str]:
     names = {RATE: "img/s", "infer_step_time": "ms", "median_ms": "ms"}
     figure = names.get(pair.a.column, f"{pair.a.column} ms")
     ratio = pair.ratio
-    remarks = [pair.got_worse]
-    if pair.a.path != pair.b.path:
-        remarks.append(f"path {pair.a.path or '?'} -> {pair.b.path or '?'}")
     return [
         figure,
         *("-" if row.figure is None else f"{row.figure:.4g}" for row in (pair.a, pair.b)),
@@ -179,17 +179,10 @@ def _cells(pair: Pair) -> list[str]:
             "-" if row.versus_eager is None else f"{row.versus_eager:.2f}x"
             for row in (pair.a, pair.b)
         ),
-        "; ".join(filter(None, remarks)),
     ]
 
 
-def _columns(lines: Sequence[Sequence[str]], left: int, indent: str = "") -> Iterator[str]:
-    """Pad cells to columns, the first `left` and the last to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    last = len(widths) - 1
-    for line in lines:
-        cells = [
-            cell.ljust(width) if at < left or at == last else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        yield (indent + "  ".join(cells)).rstrip()
+def _remark(pair: Pair) -> str:
+    """Say what else differs in a pair."""
+    path = f"path {pair.a.path or '?'} -> {pair.b.path or '?'}"
+    return "; ".join(filter(None, [pair.got_worse, path if pair.a.path != pair.b.path else ""]))

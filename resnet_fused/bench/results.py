@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -70,6 +70,11 @@ class Row:
     compile_s: float = 0.0
 
     @property
+    def tag(self) -> str:
+        """What to call its file after."""
+        return self.setting.dtype
+
+    @property
     def agrees(self) -> bool:
         """Whether the contender gave the result demanded of it, if any was."""
         return self.bound is None or (self.max_err is not None and self.max_err <= self.bound)
@@ -84,8 +89,8 @@ class Row:
         s, best, last = self.summary, self.versus_best, self.versus_channels_last
         return {
             "model": self.setting.model,
-            "infer_samples_per_sec": _digits(self.images_per_second),
-            "infer_step_time": _digits(s.p50 if s else None),
+            "infer_samples_per_sec": digits(self.images_per_second),
+            "infer_step_time": digits(s.p50 if s else None),
             "infer_batch_size": self.setting.batch,
             "infer_img_size": self.setting.size,
             "param_count": round(self.param_count / 1e6, 2),
@@ -96,17 +101,17 @@ class Row:
             "device": self.setting.device,
             "threads": torch.get_num_threads(),
             "count": s.count if s else 0,
-            **{f"p{q}": _digits(getattr(s, f"p{q}", None)) for q in (50, 90, 95, 99)},
-            "ratio": _digits(best.value if best else None),
-            "ratio_low": _digits(best.low if best else None),
-            "ratio_high": _digits(best.high if best else None),
-            "noise": _digits(best.noise if best else None),
+            **{f"p{q}": digits(getattr(s, f"p{q}", None)) for q in (50, 90, 95, 99)},
+            "ratio": digits(best.value if best else None),
+            "ratio_low": digits(best.low if best else None),
+            "ratio_high": digits(best.high if best else None),
+            "noise": digits(best.noise if best else None),
             "rounds": best.rounds if best else None,
-            "speedup": _digits(speedup(best) if best else None),
-            "ratio_channels_last": _digits(last.value if last else None),
-            "noise_channels_last": _digits(last.noise if last else None),
-            "max_err": _digits(self.max_err),
-            "err_bound": _digits(self.bound),
+            "speedup": digits(speedup(best) if best else None),
+            "ratio_channels_last": digits(last.value if last else None),
+            "noise_channels_last": digits(last.noise if last else None),
+            "max_err": digits(self.max_err),
+            "err_bound": digits(self.bound),
             "agrees": self.agrees,
             "compile_s": round(self.compile_s, 1),
             "path": self.path,
@@ -115,7 +120,22 @@ class Row:
         }
 
 
-def _digits(value: float | None) -> float | None:
+class Recorded(Protocol):
+    """A row of a result file."""
+
+    @property
+    def setting(self) -> Setting:
+        """What was measured."""
+
+    @property
+    def tag(self) -> str:
+        """What to call its file after."""
+
+    def record(self) -> dict[str, Any]:
+        """Give its columns."""
+
+
+def digits(value: float | None) -> float | None:
     """Round to six significant digits; None for what JSON cannot hold."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
@@ -126,6 +146,17 @@ def versions() -> str:
 
     python = platform.python_version()
     return f"resnet_fused {__version__}, torch {torch.__version__}, python {python}"
+
+
+def columns(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Pad cells to columns, the first `left` of them flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = zip(line, widths, range(len(line)), strict=True)
+        padded = [c.ljust(w) if i < left else c.rjust(w) for c, w, i in cells]
+        text.append("  ".join(padded).rstrip())
+    return text
 
 
 LABELS = ["model", "dtype", "batch", "contender"]
@@ -158,18 +189,13 @@ def table(rows: Sequence[Row]) -> str:
         labels = [s.model, s.dtype, str(s.batch)] if s != before else ["", "", ""]
         lines.append([*labels, row.contender, *_figures(row)])
         before = s
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        cells = zip(line, widths, range(len(line)), strict=True)
-        padded = [c.ljust(w) if i < len(LABELS) else c.rjust(w) for c, w, i in cells]
-        text.append("  ".join(padded).rstrip())
+    text = columns(lines, len(LABELS))
     missing = [row for row in rows if row.summary is None]
     text += [f"no times for {row.contender} in {row.setting}: {row.note}" for row in missing]
     return "\n".join(text)
 
 
-def write_csv(rows: Sequence[Row], file: IO[str]) -> None:
+def write_csv(rows: Sequence[Recorded], file: IO[str]) -> None:
     """Write the rows as CSV with a header."""
     records = [row.record() for row in rows]
     writer = csv.DictWriter(file, records[0].keys(), lineterminator="\n")
@@ -177,14 +203,14 @@ def write_csv(rows: Sequence[Row], file: IO[str]) -> None:
     writer.writerows(records)
 
 
-def write_json(rows: Sequence[Row], machine: Mapping[str, object], file: IO[str]) -> None:
+def write_json(rows: Sequence[Recorded], machine: Mapping[str, object], file: IO[str]) -> None:
     """Write the machine and the rows as one JSON object: `{"machine": ..., "results": [...]}`."""
     whole = {"machine": dict(machine), "results": [row.record() for row in rows]}
     json.dump(whole, file, indent=1, allow_nan=False)
     file.write("\n")
 
 
-def file_name(dtype: str, layout: str, device: str) -> str:
+def file_name(tag: str, layout: str, device: str) -> str:
     """Name a results file after what was measured where, as timm does.
 
     Example: `benchmark-infer-bf16-nhwc-pt213-cpu-intel-xeon-processor-2t.csv`.
@@ -194,18 +220,18 @@ def file_name(dtype: str, layout: str, device: str) -> str:
     kind = "cpu"
     if torch.device(device).type == "cuda":
         kind = "cu" + (torch.version.cuda or "").replace(".", "")
-    return f"benchmark-infer-{dtype}-{layout}-pt{version}-{kind}-{device_slug(device)}.csv"
+    return f"benchmark-infer-{tag}-{layout}-pt{version}-{kind}-{device_slug(device)}.csv"
 
 
-def save_csv(rows: Sequence[Row], place: Path) -> list[Path]:
-    """Write CSV to a file, or, if `place` is a folder, one file per dtype under `file_name`."""
+def save_csv(rows: Sequence[Recorded], place: Path) -> list[Path]:
+    """Write CSV to a file, or, if `place` is a folder, one file per tag under `file_name`."""
     if not place.is_dir():
         with place.open("w", encoding="utf-8", newline="") as file:
             write_csv(rows, file)
         return [place]
     written = []
-    for dtype in dict.fromkeys(row.setting.dtype for row in rows):
-        chosen = [row for row in rows if row.setting.dtype == dtype]
-        path = place / file_name(dtype, "nhwc", chosen[0].setting.device)
+    for tag in dict.fromkeys(row.tag for row in rows):
+        chosen = [row for row in rows if row.tag == tag]
+        path = place / file_name(tag, "nhwc", chosen[0].setting.device)
         written += save_csv(chosen, path)
     return written

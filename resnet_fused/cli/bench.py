@@ -13,24 +13,38 @@ from typing import Any
 
 import torch
 
-from resnet_fused.bench import machine, subjects
+from resnet_fused.bench import machine, scenarios, subjects
 from resnet_fused.bench.compare import compare
 from resnet_fused.bench.results import Row, Setting, save_csv, table, write_csv, write_json
+from resnet_fused.bench.scenarios import Found
+from resnet_fused.cli import bench_load
 
+BUDGET_S = 105
 COMPILE_SHARE = 0.6
 """Part of the time budget that torch.compile may take for compiling, all settings together."""
 
 EPILOG = """\
+times:
 Contenders: eager (NCHW), channels_last (eager), compile (torch.compile with its defaults,
 channels_last), resnet_fused. All have the same random weights, run under inference_mode and take
 turns in one process. Ratios are medians of paired rounds; one smaller than its noise is printed
 as `1.0 ± noise`. The error is the largest difference of a logit from a float64 run, relative to
 the largest logit. Exit code 1: resnet_fused is further off than 1.5 x eager plus rounding.
 
+load (--scenario, --budget; needs mlcommons-loadgen):
+LoadGen puts the same load on eager channels_last and then on resnet_fused. offline: all images at
+once; server: single images at random times, batched as they wait, --batch N at most; single-stream:
+the next image when the last is done. Latencies are from an image's arrival to its logits. --budget
+looks for the largest rate of server whose 99th percentile stays below the budget, and prints what
+it tried on stderr. An overloaded run gives up after 1.5 x its time. These are LoadGen scenarios on
+random images, not MLPerf results.
+
 examples:
   resnet-fused bench
   resnet-fused bench --model resnet18,resnet50 --batch 1,8,32 --dtype bf16 --no-compile
   resnet-fused bench --json - --threads 4 > result.json
+  resnet-fused bench --scenario server --rate 20 --dtype bf16
+  resnet-fused bench --budget 50ms --dtype bf16 --duration 3
 """
 
 
@@ -78,7 +92,12 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--model", type=_names, action="extend", metavar="NAME[,NAME]", help="default: resnet50")
-    add("--batch", type=_batches, default=[1, 16], metavar="N[,N]", help="default: 1,16")
+    add(
+        "--batch",
+        type=_batches,
+        metavar="N[,N]",
+        help="default: 1,16; under load the largest batch, default: 16",
+    )
     add(
         "--dtype",
         type=_dtypes,
@@ -92,7 +111,6 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--budget-s",
         type=positive,
-        default=105,
         metavar="S",
         help="seconds for the whole run, 60 %% of it at most for compiling (default: 105)",
     )
@@ -101,6 +119,7 @@ def add_parser(subparsers: Any) -> None:
     add("--json", metavar="FILE", help="write machine and results; - is stdout")
     add("--csv", metavar="FILE", help="write results; - is stdout, a folder gets named files")
     add("--plot", type=Path, metavar="FILE", help="draw a bar chart (.png, .svg, .pdf)")
+    bench_load.add_arguments(parser)
 
 
 def _refuse(args: argparse.Namespace) -> str:
@@ -108,6 +127,9 @@ def _refuse(args: argparse.Namespace) -> str:
     missing = machine.why_no_device(args.device)
     if missing:
         return f"--device {missing}"
+    load = bench_load.why_not(args)
+    if load:
+        return load
     if args.json == "-" and args.csv == "-":
         return "--json - and --csv - cannot share stdout: give one of them a file"
     for option, place in (("--json", args.json), ("--csv", args.csv), ("--plot", args.plot)):
@@ -118,16 +140,21 @@ def _refuse(args: argparse.Namespace) -> str:
     return ""
 
 
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _measure(args: argparse.Namespace) -> list[Row]:
     """Measure all settings within the budget; progress goes to stderr."""
     settings = [
         Setting(model, dtype, batch, args.size, args.device, args.seed)
         for model in dict.fromkeys(args.model or ["resnet50"])
         for dtype in dict.fromkeys(args.dtype)
-        for batch in dict.fromkeys(args.batch)
+        for batch in dict.fromkeys(args.batch or [1, 16])
     ]
-    end = time.monotonic() + args.budget_s
-    compile_left = 0.0 if args.no_compile else COMPILE_SHARE * args.budget_s
+    budget_s = args.budget_s or BUDGET_S
+    end = time.monotonic() + budget_s
+    compile_left = 0.0 if args.no_compile else COMPILE_SHARE * budget_s
     rows: list[Row] = []
     model = None
     for i, setting in enumerate(settings):
@@ -140,7 +167,7 @@ def _measure(args: argparse.Namespace) -> list[Row]:
             model,
             budget_s=share,
             compile_s=None if args.no_compile else compile_left,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            say=_progress,
         )
         compile_left -= sum(row.compile_s for row in new)
         rows += new
@@ -168,14 +195,23 @@ def run(args: argparse.Namespace) -> int:
     report.flush()
 
     meter = machine.LoadMeter()
-    rows = _measure(args)
+    times: list[Row] = []
+    rows: list[Row] | list[Found]
+    if bench_load.wanted(args):
+        rows = loads = bench_load.measure(args, _progress)
+        text = scenarios.table(loads)
+    else:
+        rows = times = _measure(args)
+        text = table(times)
     others = meter.others()
     facts["load_by_others"] = None if others is None else round(others, 3)
 
-    print(f"\n{table(rows)}", file=report)
+    print(f"\n{text}", file=report)
     if others is not None and others > 0.1:
         print(f"warning: other processes used {others:.0%} of the CPUs meanwhile", file=report)
     _write(args, rows, facts)
+    if args.plot:
+        _plot(times, args.plot, facts)
     failed = [row for row in rows if not row.agrees]
     for row in failed:
         error = "no result" if row.max_err is None else f"error {row.max_err:.1e}"
@@ -185,7 +221,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _write(args: argparse.Namespace, rows: list[Row], facts: dict[str, object]) -> None:
+def _write(
+    args: argparse.Namespace, rows: list[Row] | list[Found], facts: dict[str, object]
+) -> None:
     """Write the files that were asked for."""
     if args.json:
         with _open(args.json) as file:
@@ -195,11 +233,13 @@ def _write(args: argparse.Namespace, rows: list[Row], facts: dict[str, object]) 
     elif args.csv:
         for path in save_csv(rows, Path(args.csv)):
             print(f"wrote {path}", file=sys.stderr)
-    if args.plot:
-        from resnet_fused.bench.plot import save_plot
 
-        save_plot(rows, args.plot, machine.headline(facts))
-        print(f"wrote {args.plot}", file=sys.stderr)
+
+def _plot(rows: list[Row], place: Path, facts: dict[str, object]) -> None:
+    from resnet_fused.bench.plot import save_plot
+
+    save_plot(rows, place, machine.headline(facts))
+    print(f"wrote {place}", file=sys.stderr)
 
 
 def _open(place: str) -> Any:
