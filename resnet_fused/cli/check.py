@@ -17,6 +17,7 @@ from torch import nn
 from resnet_fused import dispatch
 from resnet_fused.bench import expected, machine, op_cases, subjects
 from resnet_fused.bench.contenders import first_line
+from resnet_fused.cli import check_images
 
 SIZE = 64
 """Height and width of the models' images: the last stage still has more than one pixel."""
@@ -26,6 +27,20 @@ Ops: the worst element of several awkward cases in both layouts; the bound is {e
 standard deviations of the rounding error that the op's own steps have. Models: the largest
 difference of a logit, relative to the largest logit; the bound is 1.5 x eager's error plus a
 rounding floor. Inputs and weights are random and seeded. Exit code 1 if any line says FAIL.
+
+images:
+  --data and --images run the weights on your own images three times: fused, in eager PyTorch in
+  the same dtype, and, below float32, in eager float32 from the same rounded weights, which judges
+  the other two. Every image whose best class differs is listed with the margin between the two
+  logits. --data DIR has one folder per class: folders named like the labels belong to these, else
+  the sorted names are the classes in order.
+  Exit code 1: the fused logits are further off than the bound of the models above, or wrong use;
+  2: done, some images failed.
+
+examples:
+  resnet-fused check
+  resnet-fused check --data val --weights IMAGENET1K_V2 --dtype bf16
+  resnet-fused check --images photos --model resnet18 --weights trained.pth
 """
 
 
@@ -142,19 +157,23 @@ def add_parser(subparsers: Any) -> None:
     add("--dtype", action="append", choices=list(subjects.DTYPES), help="only this dtype")
     add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    check_images.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 if the device is not there or anything failed.
+        0, or 1 if the device is not there or anything failed; 2 if only images did.
     """
-    wrong = machine.why_no_device(args.device)
+    missing = machine.why_no_device(args.device)
+    wrong = f"--device {missing}" if missing else check_images.why_not(args)
     if wrong:
-        print(f"resnet-fused check: error: --device {wrong}", file=sys.stderr)
+        print(f"resnet-fused check: error: {wrong}", file=sys.stderr)
         return 1
     machine.select(args.device)
+    if check_images.wanted(args):
+        return check_images.run(args)
     print(machine.headline(machine.describe(args.device)))
     done = failed = 0
     for line in lines(args):

@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "classify images with a ResNet",
     "bench": "compare the fused models with eager PyTorch on this machine",
     "info": "show versions, the loaded library and what this machine supports",
-    "check": "compare every op and model with the reference on this machine",
+    "check": "compare ops, models, or your images, with plain PyTorch on this machine",
     "compare": "say what differs between two result files",
 }
 WRONG_USE = 1  # not argparse's 2, which means "done, but some images failed"

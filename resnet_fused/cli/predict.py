@@ -124,12 +124,19 @@ def add_parser(subparsers: Any) -> None:
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--max-errors", type=int, metavar="N", help="stop when more than N images have failed")
     add("--quiet", action="store_true", help="only errors on stderr")
-    image = parser.add_argument_group("preprocessing", "instead of what the weights name")
-    image.add_argument("--resize", type=_positive, metavar="N", help="length of the shorter side")
-    image.add_argument("--crop", type=_positive, metavar="N", help="side of the centre crop")
-    image.add_argument("--interpolation", choices=INTERPOLATIONS)
-    image.add_argument("--mean", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
-    image.add_argument("--std", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
+    add_preprocessing(parser)
+
+
+def add_preprocessing(parser: argparse.ArgumentParser) -> None:
+    """Add the options that replace what the weights name."""
+    add = parser.add_argument_group(
+        "preprocessing", "instead of what the weights name"
+    ).add_argument
+    add("--resize", type=_positive, metavar="N", help="length of the shorter side")
+    add("--crop", type=_positive, metavar="N", help="side of the centre crop")
+    add("--interpolation", choices=INTERPOLATIONS)
+    add("--mean", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
+    add("--std", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
 
 
 def run(args: argparse.Namespace) -> int:
