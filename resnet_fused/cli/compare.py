@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_fused.bench import timing_files
-from resnet_fused.bench.differences import Differences
+from resnet_fused.bench.differences import Differences, settings_lines
 from resnet_fused.predict import differences as predictions
 
 OK, WRONG_USE, WORSE = 0, 1, 2
@@ -26,8 +26,9 @@ files of times:
 
 files of predictions:
   .csv, .jsonl, .parquet, or a folder with part-*.parquet, as resnet-fused predict writes them:
-  images whose best class differs, images that failed in one only, and the largest difference of a
-  probability. Images are matched by file name.
+  settings (model, weights, preprocessing, dtype, ...; only Parquet names them), then images whose
+  best class differs, images that failed in one only, and the largest difference of a probability.
+  Images are matched by file name.
 
 exit code:
   0 compared, and B is no worse    1 nothing to compare, or wrong use
@@ -157,6 +158,9 @@ def _times(args: argparse.Namespace) -> int:
 
 def _predictions(args: argparse.Namespace) -> int:
     """Compare two files of predictions."""
+    about = [predictions.settings(path) for path in (args.a, args.b)]
+    for line in settings_lines(*about) if any(about) else ["settings: the files name none"]:
+        print(line)
     tally = predictions.Tally()
     for a, b in predictions.pairs(predictions.read(args.a), predictions.read(args.b)):
         line = tally.add(a, b)

@@ -20,6 +20,7 @@ from typing import Any
 from resnet_fused.predict.writer import COLUMNS, Prediction
 
 SHOWN = 5
+METADATA = b"resnet_fused"
 READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, csv.Error)
 
 
@@ -62,20 +63,45 @@ def parts(folder: Path) -> list[Path]:
     return found
 
 
-def _read_parquet(path: Path) -> Iterator[Prediction]:
-    """Read one Parquet file batch by batch."""
+def settings(path: Path) -> dict[str, str]:
+    """Give what the predictions of a job depend on: the fingerprint in its parts' metadata.
+
+    Empty for a file that carries none.
+    """
+    if not path.is_dir() and path.suffix.lower() != ".parquet":
+        return {}
+    parquet, wrong = _parquet(path)
+    try:
+        file = parts(path)[0] if path.is_dir() else path
+        about = json.loads((parquet.read_metadata(file).metadata or {}).get(METADATA, b"{}"))
+        return {str(name): str(value) for name, value in about.get("fingerprint", {}).items()}
+    except (wrong, *READ_ERRORS) as error:
+        raise ValueError(f"{path} is damaged or no Parquet file: {error}") from error
+
+
+def _parquet(path: Path) -> tuple[Any, type[Exception]]:
+    """Give pyarrow's module for Parquet, and what it raises.
+
+    Raises:
+        ValueError: pyarrow is not installed.
+    """
     try:
         pyarrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow.parquet"), pyarrow.ArrowException
     except ImportError:
         raise ValueError(
             f"{path} needs pyarrow to be read: pip install 'resnet_fused[parquet]'"
         ) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Prediction]:
+    """Read one Parquet file batch by batch."""
+    parquet, wrong = _parquet(path)
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from _checked(path, batch.to_pylist())
-    except pyarrow.ArrowException as error:
+    except wrong as error:
         raise ValueError(f"{path} is damaged or no Parquet file: {error}") from error
 
 
