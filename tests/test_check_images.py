@@ -34,6 +34,15 @@ IMAGES = EACH * len(COLOURS)
 SIZE = ["--model", "resnet18", "--resize", str(SIDE), "--crop", str(SIDE)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small images gain nothing from more, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Squares(NamedTuple):
     """Where the images and the weights are."""
 
