@@ -118,11 +118,14 @@ def test_labelled_images_give_accuracy_and_the_difference_to_eager(
     assert "(0 flips)" in out and "flip  " not in out
 
 
-def test_below_float32_there_is_a_third_column_and_a_judge(squares: Squares, check: Any) -> None:
+@pytest.mark.parametrize(("dtype", "name"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_below_float32_there_is_a_third_column_and_a_judge(
+    dtype: str, name: str, squares: Squares, check: Any
+) -> None:
     """Breaks if eager bfloat16 judges itself, or the bound is tighter than rounding."""
-    code, out, _ = check("--data", squares.folder, "--dtype", "bf16", "--batch-size", "7")
+    code, out, _ = check("--data", squares.folder, "--dtype", dtype, "--batch-size", "7")
     assert code == 0, out
-    for title in ("eager bfloat16", "fused bfloat16", "eager float32"):
+    for title in (f"eager {name}", f"fused {name}", "eager float32"):
         assert line(out, title)[2] == "100.00"
     assert "against eager in float32" in out
     errors = {name: float(line(out, f"  {name}")[1].rstrip(",")) for name in ("eager", "fused")}
@@ -229,8 +232,9 @@ def test_logits_that_are_no_number(
     """Breaks if NaN compares as equal or small; where eager has it, too, nothing can be said."""
     right = ops.pool_linear
     monkeypatch.setattr(ops, "pool_linear", lambda *args: right(*args) * torch.nan)
-    code, out, _ = check("--images", squares.folder / "red")
-    assert code == 1 and f"({EACH} flips)" in out and "FAIL" in out
+    code, out, _ = check("--data", squares.folder)
+    assert code == 1 and f"({IMAGES} flips)" in out and "FAIL" in out
+    assert line(out, "fused float32")[2] == "0.00"
     monkeypatch.undo()
     plain = Rivals.logits
 

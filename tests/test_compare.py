@@ -253,6 +253,7 @@ def test_files_in_one_order_are_not_held_in_memory() -> None:
         (b"\x89PNG\x00\xff", "a.csv", "must be a result file"),
         (b"model,infer_step_time\n", "a.csv", "holds no rows"),
         (b"[]", "a.json", "holds no rows"),
+        (b"model,infer_step_time\na,1\na,2\n", "a.csv", "has two for a cpu"),
         (b'{"results": [{"loss": 1}]}', "a.json", "must have rows with"),
         (b"{", "a.json", "must be CSV, or JSON"),
         (b'{"filename": "x"}\n', "a.jsonl", "image 1 does not"),

@@ -157,7 +157,8 @@ def _grouped(rows: Sequence[Timed]) -> Iterator[str]:
     for row in rows:
         setting = str(row).removesuffix(row.contender).strip()
         names.setdefault(setting, []).append(row.contender)
-    yield from (f"  {setting}: {', '.join(names[setting])}" for setting in names)
+    for setting, found in names.items():
+        yield f"  {setting}" + (f": {', '.join(found)}" if any(found) else "")
 
 
 def _both(a: Timed, b: Timed) -> float:

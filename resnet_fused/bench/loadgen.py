@@ -88,6 +88,10 @@ class Outcome:
     finished: bool = True
 
 
+class _GaveUp(Exception):
+    """The load is too much."""
+
+
 class _Sample(NamedTuple):
     ticket: int
     image: int
@@ -181,7 +185,7 @@ class _System:
         try:
             if self.problem is None:
                 if time.perf_counter() > self._until:
-                    raise TimeoutError
+                    raise _GaveUp
                 self._call([sample.image for sample in batch])
                 now = time.perf_counter()
                 self.calls += 1
@@ -262,14 +266,14 @@ def run(
         try:
             while tester.is_alive() and system.problem is None:
                 tester.join(0.1)  # a join without end would not hear Ctrl-C
-            if isinstance(system.problem, TimeoutError):
+            if isinstance(system.problem, _GaveUp):
                 tester.join()
         except BaseException as problem:
             system.problem = problem
             raise
         if system.problem is None:
             return _outcome(load, system, _details(folder / DETAILS))
-        if isinstance(system.problem, TimeoutError):
+        if isinstance(system.problem, _GaveUp):
             return Outcome(len(system.done), math.nan, None, math.nan, math.inf, finished=False)
         raise system.problem
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from resnet_fused import dispatch
 from resnet_fused.bench import loadgen, subjects
 from resnet_fused.bench.compare import prepare
-from resnet_fused.bench.contenders import FUSED
+from resnet_fused.bench.contenders import FUSED, first_line
 from resnet_fused.bench.loadgen import JUDGED, Load, Outcome
 from resnet_fused.bench.results import LABELS, Setting, columns, digits, versions
 from resnet_fused.timing import P99_FROM, Ratio
@@ -247,7 +247,10 @@ def measure(
             bound=bound if name == FUSED else None,
         )
         answers = Answers(net, pool)
-        row = _search(row, answers, say) if plan.budget_s else _once(row, answers, say)
+        try:
+            row = _search(row, answers, say) if plan.budget_s else _once(row, answers, say)
+        except Exception as error:  # one contender's failure must not hide the other's figures
+            row = replace(row, note=first_line(error), max_err=None)
         if rows:
             row = replace(row, versus=_versus(row, rows[0]))
         elif plan.scenario == "server" and plan.budget_s is None:

@@ -104,7 +104,13 @@ def read(path: Path) -> TimingFile:
             f"benchmarks/ write them; it has {', '.join(map(str, list(records[0])[:6]))}"
         )
     plain = [_renamed(record) for record in records]
-    rows = {row.key: row for row in _rows(plain)}
+    rows: dict[tuple[tuple[str, str], ...], Timed] = {}
+    for row in _rows(plain):
+        if rows.setdefault(row.key, row) is not row:
+            raise ValueError(
+                f"{path} must have one row per setting and contender, but has two for {row}; "
+                "give each run a file of its own"
+            )
     facts = {"device_name" if name == "device" else name: machine[name] for name in machine}
     cells = [facts.get("load_by_others"), *(record.get("load_by_others") for record in plain)]
     load = max((share for share in map(_number, cells) if share is not None), default=None)

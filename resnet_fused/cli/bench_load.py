@@ -85,6 +85,8 @@ def why_not(args: argparse.Namespace) -> str:
         return f"--rate goes with --scenario server, not with {args.scenario}"
     if args.wait and args.scenario not in (None, "server"):
         return f"--wait goes with --scenario server, not with {args.scenario}"
+    if args.logs and args.logs.exists() and not args.logs.is_dir():
+        return f"--logs must be a folder, got {args.logs}"
     try:
         loadgen.find()
     except ModuleNotFoundError as missing:

@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -88,7 +89,8 @@ def class_folders(root: str, classes: int, labels: Sequence[str] | None) -> Clas
             "--images takes images without labels"
         )
     labels = labels or []
-    index = {label: i for i, label in enumerate(labels) if labels.count(label) == 1}
+    times = Counter(labels)
+    index = {label: i for i, label in enumerate(labels) if times[label] == 1}
     unknown = [name for name in names if name not in index]
     if not unknown:
         mapping = f"{len(names)} class folders, by the names of the {len(labels)} labels"
@@ -179,7 +181,7 @@ class Tally:
 
     def relative(self, name: str) -> float:
         """Give the largest error of a logit relative to the largest logit."""
-        return self.errors.get(name, 0.0) / self.largest if self.largest else 0.0
+        return self.errors.get(name, 0.0) / max(self.largest, torch.finfo(torch.float64).tiny)
 
     @property
     def bound(self) -> float:
@@ -208,13 +210,14 @@ class Tally:
                 self.worst = path
             self.errors[name] = max(error, self.errors.get(name, 0.0))
         top = {name: y.topk(min(5, len(y))).indices.tolist() for name, y in logits.items()}
+        finite = bool(torch.isfinite(logits[FUSED]).all())
         best = {name: int(y.argmax()) for name, y in logits.items()}
         if target is not None:
             for name in logits:
                 hits = self.hits.setdefault(name, [0, 0])
-                hits[0] += best[name] == target
-                hits[1] += target in top[name]
-        if not bool(torch.isfinite(logits[FUSED]).all()):
+                hits[0] += best[name] == target and (name != FUSED or finite)
+                hits[1] += target in top[name] and (name != FUSED or finite)
+        if not finite:
             self.flips += 1
             return f"flip   {path}: fused has logits that are no finite numbers, eager has not"
         self.same_top5 += set(top[FUSED]) == set(top[EAGER])

@@ -285,6 +285,20 @@ def test_a_fused_model_with_wrong_results_fails(monkeypatch: pytest.MonkeyPatch)
     assert "WRONG" in scenarios.table([fused])
 
 
+def test_a_contender_that_fails_is_named_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if one contender's exception loses the other's figures, or passes for success."""
+
+    def run(call: scenarios.Answers, images: int, load: Load, logs: Path | None = None) -> Outcome:
+        if isinstance(call.net, ResNet):
+            raise RuntimeError("out of memory\nbacktrace")
+        return Outcome(30, 9.0, None, 2.0, 0.1)
+
+    monkeypatch.setattr(loadgen, "run", run)
+    eager, fused = scenarios.measure(SETTING, tiny(), Plan("offline", 1.0))
+    assert eager.figure == 9.0 and fused.figure is None and not fused.agrees
+    assert fused.note == "RuntimeError: out of memory"
+
+
 def test_bench_writes_what_compare_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
