@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from resnet_fused import __version__, timing
+from resnet_fused import __version__
 from resnet_fused.bench import machine, subjects
+from resnet_fused.profile import peaks
 
 DTYPES = {"fp32": torch.float32, "fp32-high": torch.float32, "bf16": torch.bfloat16}
 """`fp32-high` is float32 under `torch.set_float32_matmul_precision("high")`."""
@@ -62,38 +62,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def matmul_rate(
-    dtype: torch.dtype,
-    count: int,
-    *,
-    sizes: Sequence[int] | None = None,
-    budget_s: float = 1.5,
-) -> float:
-    """Measure the rate of `torch.matmul` on large square random matrices, in TFLOP/s.
-
-    On an AMX CPU the bf16 rate stands for what the matrix unit gives oneDNN, elsewhere for its FMA
-    units: 2 n^3 / fastest time, of the best size. It is what a well-kept library reaches today, not
-    the data sheet's peak, and no upper bound: the product packs its factors at every call, which a
-    network's weights need only once. The data are random, for a CPU may run zeros faster.
-
-    Args:
-        dtype: of the factors and the result.
-        count: threads.
-        sizes: edges of the matrices; None chooses them by the number of threads.
-        budget_s: seconds.
-    """
-    sizes = sizes or ((1024, 2048) if count <= 8 else (2048, 4096, 8192))
-    draw = torch.Generator().manual_seed(0)
-
-    def product(n: int) -> Callable[[], Tensor]:
-        a, b = (torch.randn(n, n, generator=draw).to(dtype) for _ in range(2))
-        out = torch.empty(n, n, dtype=dtype)
-        return lambda: torch.matmul(a, b, out=out)
-
-    with threads(count), torch.inference_mode(), precision("fp32"):
-        calls = {str(n): product(n) for n in sizes}
-        measured = timing.measure(calls, budget_s=budget_s)
-    return max(2 * n**3 / min(measured.samples(str(n))) / 1e9 for n in sizes)
+def matmul_rate(dtype: torch.dtype, count: int) -> float:
+    """Measure `peaks.matmul_rate` in TFLOP/s, on `count` threads and in plain float32."""
+    sizes = (1024, 2048) if count <= 8 else (2048, 4096, 8192)
+    with threads(count), precision("fp32"):
+        return peaks.matmul_rate(dtype, sizes=sizes, budget_s=0.75) / 1e12
 
 
 def matmul_rates(dtype: str) -> dict[str, float]:

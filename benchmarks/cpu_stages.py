@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fused import models, timing
 from resnet_fused.bench import machine, subjects
+from resnet_fused.profile.laps import Laps, timed_laps
+from resnet_fused.profile.result import Work
 from resnet_fused.timing import Measurement, Ratio
 
 OURS, EAGER, WHOLE = "resnet_fused", "channels_last", " whole"
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-Laps = Sequence[Sequence[Sequence[float]]]
-"""Milliseconds: `laps[round][call][stage]`."""
 
 
 class Stem(nn.Module):
@@ -101,42 +101,6 @@ class Chain:
             marks.append(self._now())
         self.laps.append([(b - a) / 1e6 for a, b in zip(marks, marks[1:], strict=False)])
         return y
-
-
-def timed_laps(laps: Sequence[Sequence[float]], measured: Measurement, name: str) -> Laps:
-    """Pick the laps of the timed calls, round by round, out of those of all calls.
-
-    `timing.measure` first warms a contender up and, where a visit has several calls, begins it with
-    one that is not timed.
-
-    Raises:
-        ValueError: there are not as many laps as there were calls.
-    """
-    visits, warm = measured.visits[name], measured.warmups[name].calls
-    timed = len(visits[0])
-    made = timed + (timed > 1)
-    if len(laps) != warm + made * len(visits):
-        raise ValueError(
-            f"laps of {name} must be those of {warm} calls and {len(visits)} visits of {made}, "
-            f"got {len(laps)}"
-        )
-    ends = [warm + made * (visit + 1) for visit in range(len(visits))]
-    return [laps[end - timed : end] for end in ends]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage has to do: floating-point operations and bytes."""
-
-    flop: float
-    read: float
-    written: float
-    weights: float
-
-    @property
-    def bytes(self) -> float:
-        """All that must be moved at least once."""
-        return self.read + self.written + self.weights
 
 
 def work(stages: Mapping[str, nn.Module], x: Tensor) -> dict[str, Work]:

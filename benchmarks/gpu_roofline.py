@@ -18,14 +18,7 @@ import torch
 from torch import nn
 
 from resnet_fused import models
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device reaches at its best: bytes per second, operations per second."""
-
-    bandwidth: float
-    peak: float
+from resnet_fused.profile.peaks import Ceilings
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Unit:
 
     def floor(self, c: Ceilings) -> float:
         """Seconds."""
-        return max(self.flops / c.peak, self.bytes / c.bandwidth)
+        return c.floor(self.flops, self.bytes)
 
 
 @dataclass(frozen=True)

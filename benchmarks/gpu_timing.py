@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_roofline import Ceilings
 from torch import Tensor
 
+from resnet_fused.profile import peaks
+
 Call = Callable[[], object]
-COPY_BYTES = 2 << 30  # far more than any L2
-PRODUCT = 8192
 QUICK: dict[str, Any] = {"visit_ms": 1.0, "warmup_s": 0.0, "rounds": (1, 2)}
 """Arguments of `measure` for trying a script."""
 
@@ -149,25 +148,11 @@ def cache_bytes(device: str) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if is_cuda(device) else 1 << 16
 
 
-def ceilings(device: str, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
-    """Measure copy bandwidth (bytes read and written) and the rate of a large matrix product.
-
-    The product is on random numbers: zeros would need less power and so run faster.
-    """
-    draw = torch.Generator(device).manual_seed(0)
-    count, n = (1 << 20, 256) if quick else (COPY_BYTES, PRODUCT)
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(n, n, device=device, generator=draw).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    times = measure(
-        {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)},
-        device,
-        1.0,
-        **(QUICK if quick else {}),
-    )
-    best: dict[str, float] = {name: min(t.rounds) / 1e3 for name, t in times.items()}
-    return Ceilings(2.0 * count / best["copy"], 2.0 * n**3 / best["product"])
+def ceilings(device: str, dtype: torch.dtype, *, quick: bool = False) -> peaks.Ceilings:
+    """Measure copy bandwidth and the rate of a large matrix product; `quick` ones try a script."""
+    if quick:
+        return peaks.ceilings(device, dtype, sizes=(256,), count=1 << 20, budget_s=0.0)
+    return peaks.ceilings(device, dtype, budget_s=0.5)
 
 
 def set_tf32(allowed: bool) -> None:

@@ -77,7 +77,7 @@ def remade(function: FunctionType, space: dict[str, Any]) -> FunctionType:
     return made
 
 
-def rebound(space: dict[str, Any], watched: Watched) -> dict[str, Any]:
+def rebound(space: dict[str, Any], watched: Any) -> dict[str, Any]:
     """A module's globals with ``ops`` replaced, and its functions made anew to see that."""
     new = {**space, "ops": watched}
     for name, value in space.items():
@@ -97,7 +97,7 @@ class _Quiet:
         pass
 
 
-def watched_class(cls: type[nn.Module], watched: Watched) -> type[nn.Module]:
+def watched_class(cls: type[nn.Module], watched: Any) -> type[nn.Module]:
     """A subclass of a module written with fused calls whose calls are watched."""
     names: dict[str, Any] = {"__module__": cls.__module__, "fused_from": cls}
     for name in dir(cls):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import sys
 import time
@@ -18,6 +17,7 @@ from resnet_fused.bench.compare import compare
 from resnet_fused.bench.results import Row, Setting, save_csv, table, write_csv, write_json
 from resnet_fused.bench.scenarios import Found
 from resnet_fused.cli import bench_load
+from resnet_fused.cli.arguments import open_output, positive, why_unwritable
 
 BUDGET_S = 105
 COMPILE_SHARE = 0.6
@@ -68,13 +68,6 @@ def _known(words: list[str], known: list[str], what: str) -> list[str]:
                 f"{what} must be one of {', '.join(known)}, got {word!r}"
             )
     return words
-
-
-def positive(text: str) -> int:
-    """Read an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _batches(text: str) -> list[int]:
@@ -130,11 +123,10 @@ def _refuse(args: argparse.Namespace) -> str:
     load = bench_load.why_not(args)
     if load:
         return load
-    if args.json == "-" and args.csv == "-":
-        return "--json - and --csv - cannot share stdout: give one of them a file"
-    for option, place in (("--json", args.json), ("--csv", args.csv), ("--plot", args.plot)):
-        if place and str(place) != "-" and not Path(place).absolute().parent.is_dir():
-            return f"{option} {place}: the folder does not exist"
+    places = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
+    unwritable = why_unwritable(places, stdout=("--json", "--csv"))
+    if unwritable:
+        return unwritable
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install 'resnet_fused[plot]'"
     return ""
@@ -226,7 +218,7 @@ def _write(
 ) -> None:
     """Write the files that were asked for."""
     if args.json:
-        with _open(args.json) as file:
+        with open_output(args.json) as file:
             write_json(rows, facts, file)
     if args.csv == "-":
         write_csv(rows, sys.stdout)
@@ -240,10 +232,3 @@ def _plot(rows: list[Row], place: Path, facts: dict[str, object]) -> None:
 
     save_plot(rows, place, machine.headline(facts))
     print(f"wrote {place}", file=sys.stderr)
-
-
-def _open(place: str) -> Any:
-    """Open a file for writing; `-` is stdout, which stays open."""
-    if place == "-":
-        return contextlib.nullcontext(sys.stdout)
-    return Path(place).open("w", encoding="utf-8")

@@ -17,6 +17,7 @@ from resnet_fused import __version__
 COMMANDS = {
     "predict": "classify images with a ResNet",
     "bench": "compare the fused models with eager PyTorch on this machine",
+    "profile": "show where a model's time goes, each fused call beside what it replaces",
     "info": "show versions, the loaded library and what this machine supports",
     "check": "compare ops, models, or your images, with plain PyTorch on this machine",
     "compare": "say what differs between two result files",

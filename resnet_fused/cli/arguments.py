@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What several commands read from their arguments, and how they open what they write."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def why_unwritable(places: dict[str, str | Path | None], stdout: tuple[str, ...] = ()) -> str:
+    """Say which file cannot be written, before any time is spent; empty if all can.
+
+    Args:
+        places: file by option; `-` is stdout, None is not asked for.
+        stdout: the options of which one may be `-`.
+    """
+    asked = [option for option in stdout if places.get(option) == "-"]
+    if len(asked) > 1:
+        return f"{' - and '.join(asked)} - cannot share stdout: give one of them a file"
+    for option, place in places.items():
+        if place and not (str(place) == "-" and option in stdout):
+            if not Path(place).absolute().parent.is_dir():
+                return f"{option} {place}: the folder does not exist"
+    return ""
+
+
+def open_output(place: str) -> Any:
+    """Open a file for writing; `-` is stdout, which stays open."""
+    if place == "-":
+        return contextlib.nullcontext(sys.stdout)
+    return Path(place).open("w", encoding="utf-8", newline="")
