@@ -112,7 +112,7 @@ def rows(found: Subject, ours: Laps, eager: Laps) -> tuple[Row, ...]:
     before, after = found.before.parts, found.after.parts
     paths = {row.name: row.path for row in report(found.fused) if row.fused}
     layers = [
-        Layer(part.name, part.kind, "eager", part.work, _median(layer_times(eager, [i])))
+        Layer(part.name, part.kind, "eager", part.work, _median(layer_times(eager, [i])), i)
         for i, part in enumerate(before)
     ]
     made = []
@@ -123,7 +123,7 @@ def rows(found: Subject, ours: Laps, eager: Laps) -> tuple[Row, ...]:
         work = Work(
             sum(layer.work.flop for layer in replaced), part.read, part.written, part.weights
         )
-        layer = Layer(part.name, part.kind, _path(part, paths, found), work, _median(mine))
+        layer = Layer(part.name, part.kind, _path(part, paths, found), work, _median(mine), i)
         made.append(Row(layer, replaced, _median(theirs), _ratio(theirs, mine)))
     return tuple(made)
 

@@ -51,6 +51,7 @@ class Layer:
         path: what computes it: a path of `dispatch.choose`, or `eager`.
         work: what it must do; only products count as operations.
         ms: median time in milliseconds.
+        place: its number in the model's order.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Layer:
     path: str
     work: Work
     ms: float
+    place: int = 0
 
     @property
     def tflops(self) -> float | None:
@@ -200,6 +202,7 @@ def _record(layer: Layer, side: str, group: str, peaks: Ceilings) -> dict[str, A
     w = layer.work
     return {
         "side": side,
+        "place": layer.place,
         "layer": layer.name,
         "group": group,
         "kind": layer.kind,
