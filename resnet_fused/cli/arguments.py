@@ -28,9 +28,11 @@ def why_unwritable(places: dict[str, str | Path | None], stdout: tuple[str, ...]
     if len(asked) > 1:
         return f"{' - and '.join(asked)} - cannot share stdout: give one of them a file"
     for option, place in places.items():
-        if place and not (str(place) == "-" and option in stdout):
-            if not Path(place).absolute().parent.is_dir():
-                return f"{option} {place}: the folder does not exist"
+        is_file = place and not (str(place) == "-" and option in stdout)
+        if is_file and Path(str(place)).is_dir():
+            return f"{option} {place}: is a folder, not a file"
+        if is_file and not Path(str(place)).absolute().parent.is_dir():
+            return f"{option} {place}: the folder does not exist"
     return ""
 
 

@@ -124,7 +124,6 @@ def run(args: argparse.Namespace) -> int:
     for complaint in machine.complaints():
         print(f"warning: {complaint}", file=to)
     to.flush()
-    meter = machine.LoadMeter()
     try:
         found = profile.profile(
             model, x, budget_s=args.budget_s, facts={"model": args.model, "weights": args.weights}
@@ -132,10 +131,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as problem:
         print(f"resnet-fused profile: error: {problem}", file=sys.stderr)
         return 1
-    others = meter.others()
     print(f"\n{found}", file=to)
-    if others is not None and others > 0.1:
-        print(f"warning: other processes used {others:.0%} of the CPUs meanwhile", file=to)
     _write(args, found, model, x)
     return 0
 

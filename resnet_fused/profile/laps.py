@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A clock that is read around every torch operation of a forward, and the calls whose laps count."""
+"""A clock that is read around every torch operation of a forward; which calls count."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ def match(eager: Sequence[Part], fused: Sequence[Part]) -> list[list[int]]:
     return groups
 
 
-def _owner(
-    layer: Part, fused: Sequence[Part], seen: dict[int, set[str]], alone: set[int]
-) -> int:
+def _owner(layer: Part, fused: Sequence[Part], seen: dict[int, set[str]], alone: set[int]) -> int:
     """The fused layer that stands for an eager one."""
     replacing = [i for i in seen if _replaces(fused[i], layer.module)]
     if replacing:
@@ -65,14 +63,14 @@ def _convs(part: Part) -> tuple[str, ...]:
 
 
 def _replaces(part: Part, module: str) -> bool:
-    """Whether a fused call stands for a module, or for a container around it."""
+    """Whether a fused call stands for a module, or for one of which it is a part."""
     return part.call is not None and any(
         module == name or module.startswith(name + ".") for name in part.call.modules if name
     )
 
 
 def _begun(i: int, fused: Sequence[Part], seen: dict[int, set[str]]) -> bool:
-    """Whether eager has come to a call: past a convolution of it or, if it has none, of all before."""
+    """Whether eager is past a convolution of a call or, if it has none, of all before it."""
     if _convs(fused[i]):
         return bool(seen[i])
     return all(seen[j] for j in seen if j < i and _convs(fused[j]))

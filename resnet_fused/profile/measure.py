@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import dispatch, timing
+from resnet_fused.bench import machine
 from resnet_fused.profile import peaks as rates
-from resnet_fused.profile.laps import Laps, Lapped, layer_times, timed_laps
+from resnet_fused.profile.laps import Lapped, Laps, layer_times, timed_laps
 from resnet_fused.profile.match import match
 from resnet_fused.profile.peaks import Ceilings
 from resnet_fused.profile.record import Part
@@ -70,6 +71,7 @@ def measure(
 ) -> Profile:
     """Time a subject; the arguments are those of `profile`."""
     known = peaks or rates.ceilings(found.device, found.dtype)
+    meter = machine.LoadMeter()
     calls: dict[str, Callable[[], object]] = {}
     clocks = {}
     for who, net, parts in (
@@ -85,6 +87,7 @@ def measure(
             budget_s=budget_s,
             min_rounds=min_rounds,
         )
+    others = meter.others()
     laps = {who: timed_laps(c.laps(), measured, who + LAYERS) for who, c in clocks.items()}
     whole = {
         who: Whole(*(statistics.median(measured.samples(name)) for name in (who, who + LAYERS)))
@@ -97,7 +100,7 @@ def measure(
         measured.ratio(OURS, EAGER),
         # Measured once more: whatever was in the way the first time may be gone.
         peaks or known.best(rates.ceilings(found.device, found.dtype)),
-        found.facts | dict(facts),
+        found.facts | {"load_by_others": others and round(others, 3)} | dict(facts),
     )
 
 

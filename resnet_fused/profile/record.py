@@ -100,13 +100,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        counter = FlopCounterMode(display=False) if self._count_flop else None
         before = [_storage(t) for t in _tensors((args, kwargs))]
-        if counter is None:
-            y = func(*args, **(kwargs or {}))
-        else:
-            with counter:
-                y = func(*args, **(kwargs or {}))
+        y = func(*args, **(kwargs or {}))
         if _only_views(func, y, before):
             self._waiting += 1
             return y
@@ -118,7 +113,9 @@ class _Recorder(TorchDispatchMode):
             part.written += sum(t.nbytes for t in _tensors(y))
         else:
             part.written = sum(t.nbytes for t in _tensors(y))  # the last operation's is the call's
-        if counter is not None:
+        if self._count_flop and not _writes(func):  # which no product does
+            with FlopCounterMode(display=False) as counter:  # once more: it runs ops by their parts
+                func(*args, **(kwargs or {}))
             part.flop += counter.get_total_flops()
         return y
 
@@ -159,14 +156,15 @@ def _storage(t: Tensor) -> int:
 
 def _only_views(func: Any, y: Any, before: Sequence[int]) -> bool:
     """Whether an operation only looks at its inputs' memory in another way."""
-    writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-    made = _tensors(y)
-    return not writes and all(_storage(t) in before for t in made)
+    return not _writes(func) and all(_storage(t) in before for t in _tensors(y))
 
 
-def record(
-    model: nn.Module, run: Callable[[nn.Module], Any], *, count_flop: bool
-) -> Recording:
+def _writes(func: Any) -> bool:
+    """Whether an operation works in place."""
+    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
+def record(model: nn.Module, run: Callable[[nn.Module], Any], *, count_flop: bool) -> Recording:
     """Run a forward and say what it consisted of.
 
     Args:

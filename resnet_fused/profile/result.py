@@ -295,4 +295,11 @@ def table(profile: Profile) -> str:
         f"peaks measured here: {profile.peaks.peak / 1e12:.3f} TFLOP/s (matrix product), "
         f"{profile.peaks.bandwidth / 1e9:.1f} GB/s (copy)"
     )
+    text += [f"warning: {busy}"] if (busy := disturbed(profile)) else []
     return "\n".join(line.rstrip() for line in text)
+
+
+def disturbed(profile: Profile) -> str:
+    """Say so if others used the CPUs meanwhile; empty if not."""
+    others = profile.facts.get("load_by_others")
+    return f"other processes used {others:.0%} of the CPUs meanwhile" if (others or 0) > 0.1 else ""

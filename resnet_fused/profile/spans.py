@@ -20,7 +20,7 @@ from resnet_fused import modules, ops
 from resnet_fused.fusion import steps
 from resnet_fused.fusion.plan import current_plan
 from resnet_fused.fusion.units import child, is_native, is_planned
-from resnet_fused.modules import Fused, Site
+from resnet_fused.modules import Site
 from resnet_fused.watched import is_step, rebound, remade, watched_class
 
 
@@ -77,8 +77,9 @@ def join(owner: str, name: str) -> str:
 def live_sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
     """The fused calls that a forward makes now: name and module of the owner, and the call."""
     for name, module in model.named_modules():
-        if isinstance(module, Fused) and is_native(module):
-            for site in module.fused_sites():
+        if is_native(module):
+            native: Any = module
+            for site in native.fused_sites():
                 if modules.why_plain(module, site) is None:
                     yield name, module, site
         elif is_planned(module):
@@ -125,17 +126,17 @@ class Spans:
             id(t): name for name, m in model.named_modules() for t in m._parameters.values()
         }
         self._sites: list[_Named] = [
-            (name, site, tuple(self._names[id(child(owner, p))] for p in site.modules))
-            for name, owner, site in live_sites(model)
+            (name, site, self._replaced(owner, site)) for name, owner, site in live_sites(model)
         ]
-        self._handles: list[Any] = []
-        self._instrument()
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget what was heard: a forward begins."""
         self._given: Counter[str] = Counter()
         self._unused = list(self._sites)
+        self._handles: list[Any] = []
+        self._instrument()
+
+    def _replaced(self, owner: nn.Module, site: Site) -> tuple[str, ...]:
+        """Names of a call's modules, but for the containers around them."""
+        found = [child(owner, path) for path in site.modules]
+        return tuple(self._names[id(m)] for m in found if not isinstance(m, nn.Sequential))
 
     def remove_hooks(self) -> None:
         """Take the hooks off again, but not the stand-ins for fused calls."""
@@ -144,30 +145,37 @@ class Spans:
         self._handles.clear()
 
     def _instrument(self) -> None:
-        silent = {name for _, _, replaced in self._sites for name in replaced}
+        silent = {
+            id(child(owner, path))
+            for _, owner, site in live_sites(self.model)
+            for path in site.modules
+        }
         stand_in = _Ops(self)
         space = rebound(vars(steps), stand_in)
-        for name, module in list(self.model.named_modules()):
+        for module in list(self.model.modules()):
             if is_planned(module):
                 plan = current_plan(module)
                 if plan.run is None or plan.why_plain(module) is not None:
                     continue
-                silent.update(join(name, path) for path in plan.inlined)
+                silent.update(id(child(module, path)) for path in plan.inlined)
                 code: Any = plan.run
                 own = {
                     k: space[v.__name__] if is_step(v) else v for k, v in code.__globals__.items()
                 }
                 module.__dict__["_fuse_plan"] = replace(plan, run=remade(code, own))
-            elif isinstance(module, Fused) and is_native(module):
+            elif is_native(module):
                 module.__class__ = watched_class(type(module), stand_in)
         for name, module in self.model.named_modules():
-            if name not in silent and not isinstance(module, torch.jit.ScriptModule):
+            if id(module) not in silent and not isinstance(module, torch.jit.ScriptModule):
                 self._hook(name, module)
 
     def _hook(self, name: str, module: nn.Module) -> None:
         leaf = not module._modules
 
         def before(module: nn.Module, args: Any) -> None:
+            if not self._owners:  # a forward begins
+                self._given.clear()
+                self._unused = list(self._sites)
             self._owners.append(name)
             self.listener.enter(name, leaf)
 
@@ -215,4 +223,3 @@ def _title(op: str, owner: str, layers: tuple[str, ...]) -> str:
     if op == "conv_bn_act" and layers:
         return layers[0]
     return join(owner, {"pool_linear": "head"}.get(op, op))
-

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resnet_fused.bench import machine, subjects
 from resnet_fused.bench.results import versions
 from resnet_fused.fuse import fuse
+from resnet_fused.fusion.units import original
 from resnet_fused.models import ResNet
 from resnet_fused.modules import Fused, ungraphed
 from resnet_fused.ops.conv_bn import autocast_on
@@ -98,7 +99,7 @@ def subject(model: nn.Module, x: Any) -> Subject:
     """
     given = arguments(x)
     fused, eager = pair(model)
-    name = type(ungraphed(model)).__name__
+    name = original(ungraphed(model)).__name__
     with torch.inference_mode():
         try:
             before = record(sharing(eager), lambda net: net(*given), count_flop=True)

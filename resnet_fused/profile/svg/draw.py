@@ -68,6 +68,12 @@ def text_box(x: float, y: float, text: str, size: float, anchor: str = "start") 
     return Box(left, y - 0.8 * size, left + width, y + 0.25 * size)
 
 
+def fitted(text: str, size: float, width: float) -> str:
+    """A text cut so that it takes no more than `width`."""
+    most = max(int(width / (WIDE * size)), 1)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def number(value: float) -> str:
     """A coordinate, with as few digits as do."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
@@ -91,23 +97,22 @@ class Canvas:
         anchor: str = "start",
         style: str = "ink",
         bold: bool = False,
+        halo: bool = False,
     ) -> None:
-        """Write a line; `y` is its baseline."""
+        """Write a line; `y` is its baseline; a halo of paper sets it off from what is below."""
         self.labels.append(text_box(x, y, text, size, anchor))
-        weight = ' font-weight="600"' if bold else ""
-        place = "" if anchor == "start" else f' text-anchor="{anchor}"'
-        self._shapes.append(
-            f'<text class="{style}" x="{number(x)}" y="{number(y)}" font-size="{number(size)}"'
-            f"{place}{weight}>{escape(text)}</text>"
-        )
+        where = f'x="{number(x)}" y="{number(y)}" font-size="{number(size)}"'
+        where += "" if anchor == "start" else f' text-anchor="{anchor}"'
+        where += ' font-weight="600"' if bold else ""
+        if halo:
+            self._shapes.append(
+                f'<text class="paper halo" aria-hidden="true" {where}>{escape(text)}</text>'
+            )
+        self._shapes.append(f'<text class="{style}" {where}>{escape(text)}</text>')
 
-    def text_if_free(self, x: float, y: float, text: str, among: Sequence[Box], **how: str) -> bool:
-        """Write a small line unless it would meet another, or one of the boxes `among`."""
-        box = text_box(x, y, text, 10, how.get("anchor", "start"))
-        if any(box.meets(other) for other in (*self.labels, *among)):
-            return False
-        self.text(x, y, text, size=10, **how)
-        return True
+    def is_free(self, box: Box, among: Sequence[Box] = ()) -> bool:
+        """Whether a text in `box` would meet no other, and none of the boxes `among`."""
+        return not any(box.meets(other) for other in (*self.labels, *among))
 
     def rect(self, box: Box, style: str, title: str = "", extra: str = "") -> None:
         """Fill a rectangle."""
@@ -156,9 +161,12 @@ class Canvas:
 
 def _rules(palette: dict[str, str]) -> str:
     """A class of that name for every colour, one for lines of it, and one for its veil."""
-    return "".join(
-        f".{name}{{fill:{colour}}}.{name}-line{{stroke:{colour};fill:none}}"
-        for name, colour in palette.items()
+    return (
+        "".join(
+            f".{name}{{fill:{colour}}}.{name}-line{{stroke:{colour}}}"
+            for name, colour in palette.items()
+        )
+        + f".halo{{stroke:{palette['paper']}}}"
     )
 
 
@@ -168,4 +176,5 @@ def styles() -> str:
     No variables: a viewer that knows neither these nor media queries shows the light picture.
     """
     dark = f"@media (prefers-color-scheme:dark){{{_rules(DARK)}}}"
-    return f"{_rules(LIGHT)}.veil{{fill-opacity:.13}}.veil.odd{{fill-opacity:.26}}{dark}"
+    fixed = ".veil{fill-opacity:.13}.veil.odd{fill-opacity:.26}.halo{stroke-width:3}"
+    return f"{_rules(LIGHT)}{fixed}{dark}"

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 
 from resnet_fused.profile.result import Profile, Row
 from resnet_fused.profile.svg import ribbon, roofline
-from resnet_fused.profile.svg.draw import KINDS, Box, Canvas, colour_of
+from resnet_fused.profile.svg.draw import KINDS, Box, Canvas, colour_of, fitted
 from resnet_fused.profile.svg.titles import heading, milliseconds, setting, totals
 
-WIDTH, MARGIN = 1120.0, 32.0
+WIDTH, HEIGHT, MARGIN = 1120.0, 764.0, 32.0
 PLOT = Box(76, 134, 660, 420)
 COLUMN = 706.0
-MOST = 9  # stages in the list
+MOST = 7  # stages in the list
+NOTES = (
+    "Fewer bytes move a dot to the right, less time moves it up.",
+    "Dots above the slope: data came from a cache, not from memory.",
+    "The roof is what torch's matrix product reaches here, so that",
+    "a kernel can be above it. Layers without products have no dot.",
+)
 
 
 def picture(profile: Profile) -> str:
@@ -22,18 +28,19 @@ def picture(profile: Profile) -> str:
     Args:
         profile: of `resnet_fused.profile.profile`.
     """
-    canvas = Canvas(WIDTH, 720)
-    canvas.rect(Box(0, 0, WIDTH, 720), "paper", extra=' rx="8"')
-    canvas.text(MARGIN, 40, heading(profile), size=20, bold=True)
-    canvas.text(MARGIN, 62, setting(profile), size=12, style="soft")
-    canvas.text(MARGIN, 80, totals(profile), size=12, style="soft")
+    canvas = Canvas(WIDTH, HEIGHT)
+    canvas.rect(Box(0, 0, WIDTH, HEIGHT), "paper", extra=' rx="8"')
+    full = WIDTH - 2 * MARGIN
+    canvas.text(MARGIN, 40, fitted(heading(profile), 20, full), size=20, bold=True)
+    for y, line in ((62, setting(profile)), (80, totals(profile))):
+        canvas.text(MARGIN, y, fitted(line, 12, full), size=12, style="soft")
     canvas.text(MARGIN, 110, "Roofline of this machine, as measured", size=13, bold=True)
     roofline.draw(canvas, profile, PLOT)
     below = _legend(canvas, profile, COLUMN, 110)
-    _stages(canvas, profile, COLUMN, below + 22)
-    canvas.text(
-        MARGIN, 486, "Before and after, on the same time scale", size=13, bold=True
-    )
+    below = _stages(canvas, profile, COLUMN, below + 26)
+    for i, line in enumerate(NOTES):
+        canvas.text(COLUMN, below + 26 + 15 * i, line, size=10.5, style="soft")
+    canvas.text(MARGIN, 486, "Before and after, on the same time scale", size=13, bold=True)
     ribbon.draw(canvas, profile, MARGIN, 504, WIDTH - 2 * MARGIN - 130)
     return canvas.svg(heading(profile))
 
@@ -73,8 +80,8 @@ def stages(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     return [(name, eager, fused) for name, (eager, fused) in found.items()]
 
 
-def _stages(canvas: Canvas, profile: Profile, x: float, y: float) -> None:
-    """A small table: the stages that take most time, in the model's order."""
+def _stages(canvas: Canvas, profile: Profile, x: float, y: float) -> float:
+    """A small table of the stages that take most time, in the model's order; returns its end."""
     found = stages(profile.rows)
     kept = sorted(found, key=lambda stage: -stage[1] - stage[2])[:MOST]
     columns = (x + 190, x + 270, x + 340)
@@ -87,8 +94,9 @@ def _stages(canvas: Canvas, profile: Profile, x: float, y: float) -> None:
         y += 18
         name, eager, fused = stage
         ratio = f"{eager / fused:.2f}x" if eager > 0 and fused > 0 else "-"
-        canvas.text(x, y, name if len(name) <= 18 else name[:17] + "…", size=11)
+        canvas.text(x, y, fitted(name, 11, 120), size=11)
         for at, text in zip(
             columns, (milliseconds(eager), milliseconds(fused), ratio), strict=True
         ):
             canvas.text(at, y, text, size=11, anchor="end")
+    return y

@@ -67,7 +67,7 @@ def runs(bars: Sequence[Bar]) -> Iterator[tuple[int, float, float]]:
 def draw(canvas: Canvas, profile: Profile, left: float, top: float, width: float) -> float:
     """Draw the ribbon; returns where it ends."""
     lanes = lay_out(profile, left, width)
-    upper, lower = top + 24, top + 24 + BAR + GAP
+    upper, lower = top + 32, top + 32 + BAR + GAP
     _connect(canvas, profile, lanes, upper + BAR, lower)
     for bar in lanes.eager:
         _bar(canvas, bar, upper, colour_of(bar.layer.kind), of_layer(bar.layer, profile))
@@ -83,10 +83,10 @@ def draw(canvas: Canvas, profile: Profile, left: float, top: float, width: float
         _between(canvas, bars[-1].x1 if bars else left, end, y, f"{what}: between layers")
         for x in _edges(bars):
             canvas.line(x, y, x, y + BAR, "paper-line", ' stroke-width="1"')
-    _labels(canvas, profile, lanes.eager, upper - 6, -1)
-    _labels(canvas, profile, lanes.fused, lower + BAR + 13, 1)
+    _labels(canvas, profile, lanes.eager, upper - 5, -1)
+    _labels(canvas, profile, lanes.fused, lower + BAR + 12, 1)
     _ends(canvas, profile, lanes, upper, lower)
-    return _axis(canvas, lanes, left, width, lower + BAR + 44)
+    return _axis(canvas, lanes, left, width, lower + BAR + 42)
 
 
 def _bar(canvas: Canvas, bar: Bar, y: float, style: str, title: str) -> None:
@@ -109,9 +109,7 @@ def _between(canvas: Canvas, start: float, end: float, y: float, title: str) -> 
         canvas.rect(box, "other", title, ' fill-opacity=".45"')
 
 
-def _connect(
-    canvas: Canvas, profile: Profile, lanes: Lanes, upper: float, lower: float
-) -> None:
+def _connect(canvas: Canvas, profile: Profile, lanes: Lanes, upper: float, lower: float) -> None:
     """Tie each group of eager layers to the bar that it has become."""
     below = {bar.row: bar for bar in lanes.fused}
     for count, (row, x0, x1) in enumerate(runs(lanes.eager)):
@@ -130,50 +128,35 @@ def _split(row: Row) -> tuple[str, str]:
     return (stem, last) if stem else (last, "")
 
 
-def _labels(
-    canvas: Canvas, profile: Profile, bars: Sequence[Bar], y: float, away: int
-) -> None:
+def _labels(canvas: Canvas, profile: Profile, bars: Sequence[Bar], y: float, away: int) -> None:
     """Numbers of blocks beside their bars, and beyond them the stages, where there is room."""
-    stages: dict[str, list[Bar]] = {}
-    names: dict[str, list[float]] = {}
-    for row, x0, x1 in runs(bars):
-        stem, last = _split(profile.rows[row])
-        span = names.setdefault(stem, [x0, x1])
-        span[1] = max(span[1], x1)
-        stages.setdefault(stem, []).append(Bar(profile.rows[row].layer, row, x0, x1))
+    stages: dict[str, list[tuple[Row, float, float]]] = {}
+    for number, x0, x1 in runs(bars):
+        row = profile.rows[number]
+        stages.setdefault(_split(row)[0], []).append((row, x0, x1))
     for stem, group in stages.items():
-        alone = len(group) == 1
-        for bar in group:
-            last = _split(profile.rows[bar.row])[1]
-            box = text_box((bar.x0 + bar.x1) / 2, y, last, 9, "middle")
-            if last and not alone and box.x1 - box.x0 < bar.x1 - bar.x0:
-                _small(canvas, (bar.x0 + bar.x1) / 2, y, last)
-        x0, x1 = names[stem]
-        text = group[0].layer.name if alone else stem
-        _stage(canvas, text, x0, x1, y + away * 14, alone)
+        if len(group) == 1:
+            row, x0, x1 = group[0]
+            _label(canvas, row.layer.name, x0 - 4, x1 + 4, y + away * 15, 10, "ink")
+            continue
+        for row, x0, x1 in group:
+            _label(canvas, _split(row)[1], x0, x1, y, 9, "soft")
+        x0, x1 = group[0][1], group[-1][2]
+        canvas.line(x0 + 1, y + away * 5 - 3, x1 - 1, y + away * 5 - 3, "soft-line")
+        _label(canvas, stem, x0, x1, y + away * 15, 10, "ink")
 
 
-def _small(canvas: Canvas, x: float, y: float, text: str) -> None:
-    box = text_box(x, y, text, 9, "middle")
-    if not any(box.meets(other) for other in canvas.labels):
-        canvas.text(x, y, text, size=9, anchor="middle", style="soft")
-
-
-def _stage(canvas: Canvas, text: str, x0: float, x1: float, y: float, alone: bool) -> None:
-    """The name of neighbouring blocks, centred over them, if it is not wider than they are."""
-    middle = (x0 + x1) / 2
-    box = text_box(middle, y, text, 10, "middle")
-    if alone and box.x1 - box.x0 > x1 - x0 + 8:
-        return
-    if not alone and box.x1 - box.x0 > x1 - x0:
-        return
-    if not any(box.meets(other) for other in canvas.labels):
-        canvas.text(middle, y, text, size=10, anchor="middle", style="ink")
-
-
-def _ends(
-    canvas: Canvas, profile: Profile, lanes: Lanes, upper: float, lower: float
+def _label(
+    canvas: Canvas, text: str, x0: float, x1: float, y: float, size: float, style: str
 ) -> None:
+    """Write a text centred between two places if it is not wider, and is in nobody's way."""
+    middle = (x0 + x1) / 2
+    box = text_box(middle, y, text, size, "middle")
+    if text and box.x1 - box.x0 <= x1 - x0 and canvas.is_free(box):
+        canvas.text(middle, y, text, size=size, anchor="middle", style=style)
+
+
+def _ends(canvas: Canvas, profile: Profile, lanes: Lanes, upper: float, lower: float) -> None:
     """The whole models' times, at the end of the shorter lane or inside the longer's."""
     both = ((profile.eager.ms, lanes.rest[0], upper), (profile.fused.ms, lanes.rest[1], lower))
     for (ms, end, y), who in zip(both, ("eager", "fused"), strict=True):

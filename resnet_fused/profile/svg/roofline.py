@@ -153,5 +153,6 @@ def _names(canvas: Canvas, plot: Plot, profile: Profile, dots: list[Box]) -> Non
         for left, base, anchor in places:
             box = text_box(left, base, row.layer.name, 10, anchor)
             inside = box.x0 > plot.box.x0 and box.x1 < plot.box.x1 and box.y1 < plot.box.y1
-            if inside and canvas.text_if_free(left, base, row.layer.name, dots, anchor=anchor):
+            if inside and canvas.is_free(box, dots):
+                canvas.text(left, base, row.layer.name, size=10, anchor=anchor, halo=True)
                 break

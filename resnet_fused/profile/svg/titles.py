@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from resnet_fused.profile.result import Layer, Profile, Row, replaced
+from resnet_fused.profile.result import Layer, Profile, Row, disturbed, replaced
 
 
 def milliseconds(ms: float) -> str:
@@ -36,11 +36,9 @@ def heading(profile: Profile) -> str:
     """What was measured and what came out."""
     f = profile.facts
     ratio = profile.ratio
-    outcome = (
-        f"{ratio.value:.2f} times as fast as eager"
-        if ratio.beyond_noise
-        else f"as fast as eager, {ratio}"
-    )
+    outcome = f"{ratio.value:.2f} times as fast as eager"
+    if not ratio.beyond_noise:
+        outcome = f"as fast as eager within noise ({ratio})"
     return f"{f['model']}, {f['dtype']}, batch {f['batch']}: fused {outcome}"
 
 
@@ -51,7 +49,8 @@ def setting(profile: Profile) -> str:
     where = str(f["device"]).replace("(R)", "").replace("(TM)", "")
     if not f.get("cuda"):
         where += f", {threads}, {f['cpu_capability']}{' and AMX' if f['amx'] else ''}"
-    return f"{f['size']} pixels; {where}; {f['versions']}"
+    busy = disturbed(profile)
+    return f"{f['size']} pixels; {where}; {f['versions']}" + (f"; {busy}" if busy else "")
 
 
 def totals(profile: Profile) -> str:
@@ -59,7 +58,7 @@ def totals(profile: Profile) -> str:
     batch, fused, eager = profile.facts["batch"], profile.fused, profile.eager
     rate = "" if fused.ms <= 0 else f" ({1e3 * batch / fused.ms:.3g} images/s)"
     return (
-        f"eager {milliseconds(eager.ms)}, fused {milliseconds(fused.ms)}{rate}; medians of "
-        f"{profile.ratio.rounds} rounds; layers are timed in further rounds, in which the clock "
-        f"costs eager {eager.overhead:+.0%} and fused {fused.overhead:+.0%}"
+        f"eager {milliseconds(eager.ms)}, fused {milliseconds(fused.ms)}{rate}, medians of "
+        f"{profile.ratio.rounds} rounds. Layers: other calls, with a clock that costs "
+        f"eager {eager.overhead:+.0%}, fused {fused.overhead:+.0%}"
     )
