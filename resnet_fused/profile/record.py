@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from resnet_fused.profile.result import Work
 from resnet_fused.profile.spans import Call, Spans, join
@@ -39,7 +40,7 @@ class Part:
         read: bytes of activations that it reads.
         written: bytes that it writes.
         weights: bytes of parameters and buffers that it reads.
-        flop: operations of its products; a multiply-add is two.
+        flop: operations of its products, a multiply-add is two; none are known of fused calls.
     """
 
     name: str
@@ -74,11 +75,10 @@ class Recording:
 class _Recorder(TorchDispatchMode):
     """Hears of modules, fused calls and torch operations, and puts them together."""
 
-    def __init__(self, parameters: Iterable[Tensor], count_flop: bool) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
         self.found = Recording()
         self._parameters = {_storage(t) for t in parameters}
-        self._count_flop = count_flop
         self._inside: list[tuple[str, bool, Part | None]] = []  # module, whether a leaf, its part
         self._waiting = 0  # operations that belong to the next layer
 
@@ -97,7 +97,7 @@ class _Recorder(TorchDispatchMode):
 
     # What torch does
 
-    def __torch_dispatch__(
+    def _operation(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         before = [_storage(t) for t in _tensors((args, kwargs))]
@@ -113,10 +113,7 @@ class _Recorder(TorchDispatchMode):
             part.written += sum(t.nbytes for t in _tensors(y))
         else:
             part.written = sum(t.nbytes for t in _tensors(y))  # the last operation's is the call's
-        if self._count_flop and not _writes(func):  # which no product does
-            with FlopCounterMode(display=False) as counter:  # once more: it runs ops by their parts
-                func(*args, **(kwargs or {}))
-            part.flop += counter.get_total_flops()
+        part.flop += _flop(func, args, kwargs or {}, y)
         return y
 
     def _part(self, kind: str) -> Part:
@@ -146,12 +143,30 @@ class _Recorder(TorchDispatchMode):
         return self.found
 
 
+# Set here, for torch would wrap a method of that name in what imports its compiler.
+_Recorder.__torch_dispatch__ = _Recorder._operation  # type: ignore[assignment]
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
+
+
+def _flop(func: Any, args: Any, kwargs: Mapping[str, Any], y: Any) -> float:
+    """Operations of a product, as torch counts them; 0 of anything else."""
+    count = flop_registry.get(func.overloadpacket)
+    if count is not None:
+        return float(count(*args, **kwargs, out_val=y))
+    # Under inference_mode composite operations arrive whole, which torch's table has in parts only.
+    name = func.overloadpacket.__name__
+    if name in ("conv1d", "conv2d", "conv3d"):
+        return 2.0 * y.numel() * math.prod(args[1].shape[1:])
+    if name.startswith("conv_transpose"):
+        return 2.0 * args[0].numel() * math.prod(args[1].shape[1:])
+    return 2.0 * y.numel() * args[0].shape[-1] if name in ("linear", "matmul") else 0.0
 
 
 def _only_views(func: Any, y: Any, before: Sequence[int]) -> bool:
@@ -164,15 +179,14 @@ def _writes(func: Any) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
 
 
-def record(model: nn.Module, run: Callable[[nn.Module], Any], *, count_flop: bool) -> Recording:
+def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
     """Run a forward and say what it consisted of.
 
     Args:
         model: a copy that nobody else uses; hooks are put onto it and taken off again.
         run: makes the forward.
-        count_flop: count operations, too; torch counts none in fused calls.
     """
-    recorder = _Recorder((*model.parameters(), *model.buffers()), count_flop)
+    recorder = _Recorder((*model.parameters(), *model.buffers()))
     spans = Spans(model, recorder)
     try:
         with recorder:

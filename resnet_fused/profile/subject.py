@@ -102,12 +102,12 @@ def subject(model: nn.Module, x: Any) -> Subject:
     name = original(ungraphed(model)).__name__
     with torch.inference_mode():
         try:
-            before = record(sharing(eager), lambda net: net(*given), count_flop=True)
+            before = record(sharing(eager), lambda net: net(*given))
         except Exception as error:  # the user's code
             raise ValueError(
                 f"x must be an input that {name} takes; it raised {type(error).__name__}: {error}"
             ) from error
-        after = record(sharing(fused), lambda net: net(*given), count_flop=False)
+        after = record(sharing(fused), lambda net: net(*given))
         if not before.parts or not after.parts:
             raise ValueError(f"{name} runs no torch operation on x")
         if isinstance(eager, ResNet):  # the same operations with less Python around them
