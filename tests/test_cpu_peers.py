@@ -6,18 +6,18 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from resnet_fused import models, timing
+from resnet_fused import models
 from resnet_fused.bench import subjects
 from resnet_fused.bench.contenders import Contender
 from resnet_fused.bench.results import Setting
-from resnet_fused.timing import Measurement, Ratio
+from resnet_fused.timing import Ratio
 from source_tree import benchmarks
 
 common = benchmarks("cpu_common")
@@ -287,19 +287,17 @@ def test_a_cold_start_counts_the_model_only() -> None:
         cold.ask_child({**what, "peer": "resnet_fused", "model": "resnet9"})
 
 
-def test_the_matmul_rate_is_that_of_the_best_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if sizes, units, dtype or the thread count are mixed up, or zeros are multiplied."""
+def test_the_matmul_rate_is_that_of_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if the unit, the thread count or the precision is mixed up, or not put back."""
     seen = []
 
-    def measure(calls: dict[str, Callable[[], torch.Tensor]], budget_s: float) -> Measurement:
-        for n, call in calls.items():
-            y = call()
-            seen.append((y.dtype, y.shape[0], torch.get_num_threads(), n))
-            assert y.float().std() > 1
-        return Measurement({"16": [[8.0, 4.0]], "32": [[16.0], [20.0]]}, {})
+    def rate(dtype: torch.dtype, **how: object) -> float:
+        seen.append((dtype, torch.get_num_threads(), torch.get_float32_matmul_precision()))
+        return 3e12
 
-    monkeypatch.setattr(timing, "measure", measure)
-    rate = common.matmul_rate(torch.bfloat16, 2, sizes=(16, 32))
-    assert rate == pytest.approx(2 * 32**3 / 16e-3 / 1e12)
-    assert seen == [(torch.bfloat16, 16, 2, "16"), (torch.bfloat16, 32, 2, "32")]
+    monkeypatch.setattr(common.peaks, "matmul_rate", rate)
+    with common.precision("fp32-high"):
+        assert common.matmul_rate(torch.bfloat16, 2) == 3.0
+        assert torch.get_float32_matmul_precision() == "high"
+    assert seen == [(torch.bfloat16, 2, "highest")]
     assert torch.get_num_threads() == 1

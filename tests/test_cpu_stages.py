@@ -16,7 +16,7 @@ from torch import nn
 
 from resnet_fused import models
 from resnet_fused.bench import subjects
-from resnet_fused.timing import Measurement, Ratio, Warmup
+from resnet_fused.timing import Ratio
 from source_tree import benchmarks
 
 common = benchmarks("cpu_common")
@@ -75,23 +75,6 @@ def test_every_lap_is_clocked_in_order() -> None:
     chain = stages.Chain([one, two], torch.tensor(3.0), now=lambda: next(clock))
     assert chain() == 8 and chain() == 8
     assert chain.laps == [[1.0, 2.0], [1e-5, 1e-5]]
-
-
-@pytest.mark.parametrize(
-    ("visits", "picked"),
-    [
-        ([[1.0], [1.0]], [[[3.0]], [[4.0]]]),  # a call a visit
-        ([[1.0, 1.0], [1.0, 1.0]], [[[4.0], [5.0]], [[7.0], [8.0]]]),  # the first is not timed
-    ],
-)
-def test_only_timed_calls_count(visits: list[list[float]], picked: list[list[list[float]]]) -> None:
-    """Breaks if calls that warm the caches are taken for samples."""
-    measured = Measurement({"a": visits}, {"a": Warmup(3, 1.0, 1.0, 1.0, True)})
-    laps = [[float(i)] for i in range(3 + len(visits) * (len(visits[0]) + (len(visits[0]) > 1)))]
-    assert stages.timed_laps(laps, measured, "a") == picked
-    for wrong in (laps[1:], [*laps, [0.0]]):
-        with pytest.raises(ValueError, match="laps of a must be those of 3 calls and 2 visits"):
-            stages.timed_laps(wrong, measured, "a")
 
 
 def test_stages_are_compared_round_by_round() -> None:
