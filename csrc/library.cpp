@@ -51,7 +51,7 @@ constexpr Registration kOps[] = {
     {"conv_bn_act(Tensor x, " CONV_BN("") ", Tensor? residual, bool relu, " BF16X3 ") -> Tensor",
      OP(conv_bn_act)},
     {"add_relu(Tensor x, Tensor y) -> Tensor", OP(add_relu)},
-    {"stem(Tensor x, " CONV_BN("") ", " BF16X3 ") -> Tensor", OP(stem)},
+    {"stem(Tensor x, " CONV_BN("") ", " BF16X3 ", Tensor? norm=None) -> Tensor", OP(stem)},
     {"basic_block(Tensor x, " CONV_BN("conv1_") ", " CONV_BN("conv2_") ", " OPTIONAL_CONV_BN(
          "downsample_") ", " BF16X3 ") -> Tensor",
      OP(basic_block)},

@@ -8,6 +8,7 @@ from resnet_fused._info import info
 from resnet_fused.dispatch import backend, set_batch_invariant
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.graphed import graphed
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.models import (
     BasicBlock,
     Bottleneck,
@@ -33,6 +34,7 @@ from resnet_fused.ops import (
     stem,
 )
 from resnet_fused.report import report
+from resnet_fused.uint8 import set_input_norm
 from resnet_fused.verify import VerificationError, verify
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBN",
+    "InputNorm",
     "Predictor",
     "ResNet",
     "VerificationError",
@@ -68,6 +71,7 @@ __all__ = [
     "resnext101_64x4d",
     "resnext50_32x4d",
     "set_batch_invariant",
+    "set_input_norm",
     "stem",
     "unfuse",
     "verify",

@@ -21,9 +21,12 @@ from resnet_fused.dispatch import only_torch_ops
 from resnet_fused.fusion.plan import Plan, current_plan, forgotten, survey
 from resnet_fused.fusion.steps import as_eager
 from resnet_fused.fusion.units import child, is_planned
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.modules import Fused, Site, is_graphed, ungraphed
 from resnet_fused.ops import ConvBN
 from resnet_fused.ready import NAME, recall
+from resnet_fused.uint8 import NAME as NORM
+from resnet_fused.uint8 import with_floats
 
 _PLAN = "_fuse_plan"
 
@@ -33,6 +36,7 @@ class Planned(Fused):
 
     fused_from: type
     _fuse_plan: Plan
+    _uint8_norm: InputNorm | None = None  # plans read it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the hooks that classes put on being subclassed (registries) out of this."""
@@ -98,12 +102,16 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)  # tools look at the parameters
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = _planned_call(self, args, kwargs)
+        norm = self.__dict__.get(NORM)
+        if norm is not None and (call is None or not call[0].takes_bytes):
+            args, kwargs = with_floats(self, norm, args, kwargs)
         if call is None:
             return cls.forward(self, *args, **kwargs)
         plan, convs = call
         y = plan.run(self, convs, *args)  # type: ignore[misc]
         return as_eager(y, args[0], lambda: first_weight(self))
 
+    forward.takes_bytes = True  # type: ignore[attr-defined]
     names = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.input_norm import normalise
+
 if TYPE_CHECKING:
     from resnet_fused.ops.conv_bn import ConvBN
 
@@ -84,10 +86,12 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 
 
 @_without_autocast
-def stem(x: Tensor, conv: ConvBN) -> Tensor:
+def stem(x: Tensor, conv: ConvBN, norm: Tensor | None = None) -> Tensor:
     """3x3/2 max-pool (padding 1) of ``relu(bn(conv(x)))``; rounding before or after the max is the
-    same.
+    same. Bytes, which come with ``norm``, are normalised first.
     """
+    if norm is not None:
+        x = normalise(x, norm, conv.weight.dtype)
     return F.max_pool2d(conv_bn_act(x, conv, None, True), 3, 2, 1)
 
 

@@ -143,6 +143,7 @@ void split_cpu(const float* x, uint16_t* high, uint16_t* low, int64_t count);
 // infinite. fp32 is split: the lower halves go to `low`.
 struct PackPixelsParams {
   const void* x;
+  const uint32_t* table;  // x is bytes, and these their finite values (normalise.h); or null
   bool split;
   uint64_t *to, *low;
   int64_t C, W;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../kernels/normalise.h"
 #include "../kernels/stem.h"
 #include "tile_map.h"
 
@@ -17,10 +18,12 @@ namespace {
 class TileStem {
  public:
   TileStem(const Conv& conv, const Packed& packed, const Affine& affine, Products products,
-           const Tensor& x, const Tensor& out)
+           const Tensor& x, const uint32_t* table, const Tensor& out)
       : products_(products),
-        dtype_(dtype_of(x)),
+        dtype_(dtype_of(out)),
         item_(item_size(dtype_)),
+        x_item_(table == nullptr ? item_ : 1),
+        table_(table),
         pixel_bytes_(products == Products::fp32 ? 4 * x.size(1) : 8),
         x_(static_cast<const unsigned char*>(x.data())),
         out_(static_cast<unsigned char*>(out.mutable_data())),
@@ -89,15 +92,17 @@ class TileStem {
         std::memset(to + half_bytes(), 0, static_cast<size_t>(width_ * pixel_bytes_));
       if (h < 0 || h >= H_) continue;
       to += left_ * pixel_bytes_;
+      const unsigned char* x = x_ + (n * strides_[0] + h * strides_[2]) * x_item_;
       if (products_ == Products::fp32) {
-        pack_floats_line(n, h, reinterpret_cast<float*>(to));
+        pack_floats_line(x, to);
         continue;
       }
-      finite = pack_pixels_cpu({x_ + (n * strides_[0] + h * strides_[2]) * item_,
-                                p_.products == Products::bf16x3, reinterpret_cast<uint64_t*>(to),
-                                reinterpret_cast<uint64_t*>(to + half_bytes()), C_, W_, strides_[1],
-                                strides_[3]}) &&
-               finite;
+      finite =
+          pack_pixels_cpu({x, table_, p_.products == Products::bf16x3,
+                           reinterpret_cast<uint64_t*>(to),
+                           reinterpret_cast<uint64_t*>(to + half_bytes()), C_, W_, strides_[1],
+                           strides_[3]}) &&
+          finite;
     }
     return finite;
   }
@@ -130,8 +135,11 @@ class TileStem {
 
  private:
   static constexpr int64_t kWindowPixels = 8;
-  void pack_floats_line(int64_t n, int64_t h, float* to) const {
-    const float* from = reinterpret_cast<const float*>(x_) + n * strides_[0] + h * strides_[2];
+  void pack_floats_line(const unsigned char* x, unsigned char* out) const {
+    if (table_ != nullptr)
+      return look_up_line_cpu({x, table_, out, item_, C_, W_, strides_[1], strides_[3]});
+    const float* from = reinterpret_cast<const float*>(x);
+    float* to = reinterpret_cast<float*>(out);
     for (int64_t w = 0; w < W_; ++w) {
       for (int64_t c = 0; c < C_; ++c) *to++ = from[c * strides_[1] + w * strides_[3]];
     }
@@ -145,7 +153,9 @@ class TileStem {
 
   Products products_;
   DType dtype_;
-  int64_t item_, pixel_bytes_;
+  int64_t item_, x_item_;
+  const uint32_t* table_;
+  int64_t pixel_bytes_;
   const unsigned char* x_;
   unsigned char* out_;
   int64_t C_, H_, W_, K_, P_, Q_, pool_lines_, pool_columns_, strides_[4];
@@ -164,8 +174,9 @@ bool tile_stem_fits(const Conv& conv, const Sizes& in) {
 }
 
 std::vector<int64_t> run_tile_stem(const Conv& conv, const Packed& packed, const Affine& affine,
-                                   Products products, const Tensor& x, const Tensor& out) {
-  const TileStem stem(conv, packed, affine, products, x, out);
+                                   Products products, const Tensor& x, const uint32_t* table,
+                                   const Tensor& out) {
+  const TileStem stem(conv, packed, affine, products, x, table, out);
   uint32_t threads_now = 1;
   check_torch(torch_get_num_threads(&threads_now), "thread count");
   const int64_t N = x.size(0), threads = threads_now, each = N / threads;

@@ -16,6 +16,7 @@ from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.tracing import Trace
 from resnet_fused.fusion.units import is_conv
 from resnet_fused.modules import Site, why_not_fusible
+from resnet_fused.uint8 import NAME as NORM
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter by path; an argument of a step."""
+    """A parameter, or another attribute, by path; an argument of a step."""
 
     path: str
 
@@ -276,7 +277,8 @@ class Matcher:
         own = {*link.nodes, *passed, pool}
         if not self.effects.may_move(link.x, link.nodes[0], pool, own):
             return False
-        return self._take("stem", [*own], steps.stem, (link.x, link.pair))
+        args = (link.x, link.pair, Param(NORM))
+        return self._take("stem", [*own], steps.stem, args)
 
     def _adds(self) -> None:
         """Additions followed by a ReLU that no convolution took."""

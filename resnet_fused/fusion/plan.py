@@ -67,6 +67,7 @@ class Plan:
         refused: convolutions that stay plain, with the reason.
         error: why the forward could not be read at all.
         clean: the forward neither writes to its inputs nor returns memory of theirs.
+        takes_bytes: the first input goes to a stem, which reads bytes, and nowhere else.
         any_layout: the forward does the same whatever the memory format of its input.
         forward: the class's forward that was read.
         changes: how often a plan was made for this module because something had changed.
@@ -82,6 +83,7 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     clean: bool = False
+    takes_bytes: bool = False
     any_layout: bool = False
     forward: Any = None
     changes: int = 0
@@ -257,8 +259,11 @@ def make_plan(module: nn.Module, before: Plan | None = None, plan_of: PlanOf | N
     sites = tuple(f.site for f in matcher.found)
     for site in sites:
         _ = site.paths  # worked out once, before torch.compile comes across it
+    takes_bytes = _feeds_a_stem(trace.graph, matcher.found)
     run, pairs = _compile(trace.graph, matcher.found, original(module).__name__)
-    return replace(plan, sites=sites, run=run, pairs=pairs, any_layout=True)
+    return replace(
+        plan, sites=sites, run=run, pairs=pairs, takes_bytes=takes_bytes, any_layout=True
+    )
 
 
 def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
@@ -346,6 +351,18 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Watch, ...]:
         parts = tuple(path.split(".")) if path else ()
         result.append(Watch(parts, trace.children.get(path), reads, absent))
     return tuple(result)
+
+
+def _feeds_a_stem(graph: fx.Graph, found: list[Found]) -> bool:
+    """True if the forward's first input is read by a stem, and otherwise only asked for its size."""
+    x = next(n for n in graph.nodes if n.op == "placeholder")
+
+    def asks(node: fx.Node) -> bool:
+        shape = node.target is getattr and node.args[1:] == ("shape",)
+        return shape or (node.op == "call_method" and node.target in ("size", "dim"))
+
+    readers = {n for n in x.users if not asks(n)}
+    return any(f.pattern == "stem" and f.args[0] is x and readers <= {*f.nodes} for f in found)
 
 
 def _compile(

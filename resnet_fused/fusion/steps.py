@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused import ops
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.ops import ConvBN
 from resnet_fused.ops.conv_bn import autocast_on, out_size
 
@@ -84,9 +85,9 @@ def add_relu(x: Tensor, y: Tensor, in_place: bool) -> Tensor:
     return F.relu(x.add_(y) if in_place else x + y)
 
 
-def stem(x: Tensor, conv: ConvBN) -> Tensor:
-    """3x3/2 max-pool of ``relu(bn(conv(x)))``."""
-    return ops.stem(x, conv)
+def stem(x: Tensor, conv: ConvBN, norm: InputNorm | None) -> Tensor:
+    """3x3/2 max-pool of ``relu(bn(conv(x)))``; ``norm`` is what the model was told of its bytes."""
+    return ops.stem(x, conv, norm)
 
 
 def _shortcut_fits(x: Tensor, convs: tuple[ConvBN, ...], down: ConvBN | None) -> bool:

@@ -17,6 +17,7 @@ from resnet_fused.models import sites
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, Norm, conv1x1, conv3x3
 from resnet_fused.models.weights import build, fix
 from resnet_fused.modules import Fused, Site, conv_bn
+from resnet_fused.uint8 import NAME, to_floats
 
 __all__ = [
     "BasicBlock",
@@ -172,12 +173,15 @@ class ResNet(Fused, nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         call = sites.call(self, "stem", x, self._look_at_stem)
+        norm = self.__dict__.get(NAME)
+        if call is not None and call[0] is sites.STEM:
+            return ops.stem(x, call[1], norm)
+        if norm is not None:
+            x = to_floats(self, norm, x)
         if call is None:
             y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
             return y
-        site, conv = call
-        if site is sites.STEM:
-            return ops.stem(x, conv)
+        conv = call[1]
         y = self.maxpool(ops.conv_bn_act(x, conv))
         return y
 
@@ -217,12 +221,15 @@ class ResNet(Fused, nn.Module):
         """Classify images.
 
         Args:
-            x: shape [N, C, H, W], the weights' dtype unless autocast is on, any layout.
+            x: shape [N, C, H, W], the weights' dtype unless autocast is on, any layout; or uint8,
+                see ``set_input_norm``.
 
         Returns:
             Logits, shape [N, num_classes].
         """
         return self._forward_impl(x)
+
+    forward.takes_bytes = True  # type: ignore[attr-defined]
 
 
 def _resnet(

@@ -87,7 +87,18 @@ def out_size(size: Any, window: Any, stride: int, padding: int, dilation: int) -
     return (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
 
 
-def check_conv(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
+class Shape(NamedTuple):
+    """Stands for a tensor in the checks, as for one in the middle of a chain."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
+def check_conv(x: Tensor | Shape, conv: ConvBN, name: str = "conv") -> None:
     """Raise ValueError if ``conv`` does not fit ``x``; the C++ ops hold the same rules.
 
     Like the other checks here it is silent under ``torch.jit.trace``, where sizes are tensors and
@@ -167,7 +178,7 @@ def check_residual(residual: Tensor, x: Tensor, shape: tuple[Any, ...]) -> None:
         )
 
 
-def out_shape(x: Tensor, conv: ConvBN) -> tuple[Any, ...]:
+def out_shape(x: Tensor | Shape, conv: ConvBN) -> tuple[Any, ...]:
     """Shape [N, K, OH, OW] of ``conv(x)``."""
     w = conv.weight
     h, v = (
@@ -177,7 +188,7 @@ def out_shape(x: Tensor, conv: ConvBN) -> tuple[Any, ...]:
     return (x.shape[0], w.shape[0], h, v)
 
 
-def empty_channels_last(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+def empty_channels_last(x: Tensor | Shape, shape: tuple[Any, ...]) -> Tensor:
     """What the kernels return: dtype and device of ``x``, channels_last strides."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -189,9 +200,21 @@ def autocast(x: Tensor) -> Tensor:
     precision until they are packed, and BatchNorm stays in float32 as it does under eager's
     autocast.
     """
-    if autocast_on(x) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(autocast_dtype(x, x.dtype))
+
+
+def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which eager's convolutions on ``x``'s device take an input of ``dtype``."""
+    if autocast_on(x) and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
+
+
+def input_dtype(x: Tensor, weight: torch.dtype) -> torch.dtype:
+    """Dtype to which bytes are normalised for a weight: what autocast casts must not have been
+    rounded to another dtype before.
+    """
+    return weight if autocast_dtype(x, weight) == weight else torch.float32
 
 
 def autocast_on(x: Tensor) -> bool:
@@ -210,23 +233,12 @@ def check_same_dtype(x: Tensor, conv: ConvBN, name: str = "conv") -> None:
         )
 
 
-class _Shape(NamedTuple):
-    """Stands for an intermediate tensor in the checks of a chain."""
-
-    shape: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-
 def check_chain(x: Tensor, convs: dict[str, ConvBN]) -> tuple[Any, ...]:
     """Check convolutions that feed each other; returns the last one's output shape."""
     here: Any = x
     for name, conv in convs.items():
         check_conv(here, conv, name)
-        here = _Shape(out_shape(here, conv), x.dtype, x.device)
+        here = Shape(out_shape(here, conv), x.dtype, x.device)
     shape: tuple[Any, ...] = here.shape
     return shape
 

@@ -2,6 +2,7 @@
 // What goes before the tile convolution: packing of weights and of the stem's images.
 #include <cstring>
 
+#include "../normalise.h"
 #include "../tile_conv.h"
 #include "simd.h"
 
@@ -105,9 +106,28 @@ RESNET_FUSED_INLINE uint64_t split_line(const PackPixelsParams& p, int64_t w_str
   return found & kSigns;
 }
 
+template <int C, bool split>
+RESNET_FUSED_INLINE void look_up_line(const PackPixelsParams& p, int64_t w_stride) {
+  const auto* x = static_cast<const uint8_t*>(p.x);
+  for (int64_t w = 0; w < p.W; ++w) {
+    uint64_t high = 0, low = 0;
+    for (int c = 0; c < C; ++c) {
+      const uint64_t v = p.table[c * kByteValues + x[c * p.c_stride + w * w_stride]];
+      high |= (split ? v & 0xffff : v) << (16 * c);
+      low |= (v >> 16) << (16 * c);
+    }
+    p.to[w] = high;
+    if (split) p.low[w] = low;
+  }
+}
+
 // With the usual stride known, compilers vectorise.
 template <int C>
 RESNET_FUSED_INLINE bool pack_any(const PackPixelsParams& p) {
+  if (p.table != nullptr) {
+    p.split ? look_up_line<C, true>(p, p.w_stride) : look_up_line<C, false>(p, p.w_stride);
+    return true;
+  }
   if (p.split) return (p.w_stride == 1 ? split_line<C>(p, 1) : split_line<C>(p, p.w_stride)) == 0;
   return (p.w_stride == 1 ? pack_line<C>(p, 1) : pack_line<C>(p, p.w_stride)) == 0;
 }
