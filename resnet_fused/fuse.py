@@ -21,7 +21,6 @@ from resnet_fused.dispatch import only_torch_ops
 from resnet_fused.fusion.plan import Plan, current_plan, forgotten, survey
 from resnet_fused.fusion.steps import as_eager
 from resnet_fused.fusion.units import child, is_planned
-from resnet_fused.input_norm import InputNorm
 from resnet_fused.modules import Fused, Site, is_graphed, ungraphed
 from resnet_fused.ops import ConvBN
 from resnet_fused.ready import NAME, recall
@@ -36,7 +35,6 @@ class Planned(Fused):
 
     fused_from: type
     _fuse_plan: Plan
-    _uint8_norm: InputNorm | None = None  # plans read it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the hooks that classes put on being subclassed (registries) out of this."""

@@ -23,6 +23,8 @@ from resnet_fused.fusion import steps
 from resnet_fused.fusion.units import child
 from resnet_fused.modules import Fused
 from resnet_fused.ops.conv_bn import autocast, most_groups
+from resnet_fused.ops.stem import of_floats
+from resnet_fused.uint8 import BeforeForward
 
 
 class Trial(Protocol):
@@ -52,6 +54,7 @@ class Watched:
             weights = [c.weight for c in convs] or [a for a in args[1:2] if op == "pool_linear"]
             found = [self.names[id(w)] for w in weights if id(w) in self.names]
             name = ", ".join(found) or self.trial.where or self.trial.name
+            given, args = args, of_floats(*args) if op == "stem" else args
             cast: Any = pytree.tree_map_only(
                 Tensor, autocast, (args[: 1 + (op == "add_relu")], kwargs.get("residual"))
             )
@@ -61,7 +64,7 @@ class Watched:
             inputs = (*cast[0], *args[len(cast[0]) :])
             options = {**kwargs, "residual": cast[1]} if "residual" in kwargs else kwargs
             want = rounding.exact(op, kind, inputs, options)
-            y: Tensor = function(*args, **kwargs)
+            y: Tensor = function(*given, **kwargs)
             self.trial.compare_call(name, op, want, y, path)
             return y
 
@@ -115,7 +118,8 @@ def copy_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if not str(getattr(hook, "__module__", "")).startswith("torch."):
+                own = isinstance(hook, BeforeForward)
+                if not own and not str(getattr(hook, "__module__", "")).startswith("torch."):
                     del hooks[key]
     return model
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Images of bytes, normalised: a byte v of channel c stands for v * scale[c] + shift[c], product and
-// sum each rounded to fp32, then once to the dtype of the network. A byte has 256 values: on a CPU
-// they are computed once, and looked up.
+// Images of bytes, normalised: a byte v of channel c stands for v * scale[c] + shift[c], product
+// and sum each rounded to fp32, then once to the dtype of the network. A byte has 256 values: on a
+// CPU they are computed once, and looked up.
 #pragma once
 
 #include "dtype.h"

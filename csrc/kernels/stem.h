@@ -23,14 +23,15 @@ int launch_relu_max_pool_cuda(const ReluMaxPoolParams& p, void* stream);
 // The whole stem on a GPU: the maximum above of relu(bn(conv(x))) for a 7x7 convolution with stride
 // 2 and padding 3, C <= 4 and K % 8 == 0, K <= 128. The convolution's output stays on the chip.
 struct StemParams {
-  const void* x;         // [N, C, H, W] at any strides
+  const void* x;         // [N, C, H, W] at any strides; bytes if there is a norm
+  const float* norm;     // [2, C] dense, scales and shifts of bytes (normalise.h); or null
   int64_t x_strides[4];  // of n, c, h, w, in elements
   const void* weight;    // [K, C, 7, 7] dense, or channels_last
   int64_t weight_strides[4];
   BatchNorm bn;
   void* out;  // [N, P, Q, K] dense, on 16 bytes; P = ceil(H / 4), Q = ceil(W / 4)
   int64_t N, C, H, W, K;
-  DType dtype;  // of x, weight and out: f32 (rounded to TF32), bf16 or f16
+  DType dtype;  // of x but for bytes, weight and out: f32 (rounded to TF32), bf16 or f16
   // Blocks at most, of which a multiprocessor holds two at a time. Each loads its weights once and
   // makes several tiles of the output; no result depends on their number.
   int64_t most_blocks = 1056;

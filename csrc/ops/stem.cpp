@@ -147,13 +147,19 @@ void stem_cpu(StableIValue* stack, uint64_t, uint64_t) {
 namespace {
 
 // The whole stem in one kernel, which reads x and the weight where they are.
-void run_stem_kernel(const CudaCall& call, const Conv& conv, const Tensor& x, const Tensor& y) {
-  const Tensor& w = conv.weight;
+void run_stem_kernel(const CudaCall& call, const Stem& stem, const Tensor& y) {
+  const Conv& conv = stem.conv();
+  const Tensor &x = stem.chain.x, &w = conv.weight;
   const Tensor weight =
-      w.dtype() == x.dtype() ? w.share() : laid_out(w, contiguous_strides(w.shape()), x.dtype());
+      w.dtype() == y.dtype() ? w.share() : laid_out(w, contiguous_strides(w.shape()), y.dtype());
   std::vector<Tensor> copies;
   StemParams p{};
   p.x = x.data();
+  Tensor norm;
+  if (stem.norm.defined()) {
+    norm = laid_out(stem.norm, {x.size(1), 1}, aoti_torch_dtype_float32());
+    p.norm = static_cast<const float*>(norm.data());
+  }
   p.weight = weight.data();
   for (int i = 0; i < 4; ++i) {
     p.x_strides[i] = x.stride(i);
@@ -166,7 +172,7 @@ void run_stem_kernel(const CudaCall& call, const Conv& conv, const Tensor& x, co
   p.H = x.size(2);
   p.W = x.size(3);
   p.K = w.size(0);
-  p.dtype = dtype_of(x);
+  p.dtype = stem.dtype;
   p.most_blocks = 2 * call.multiprocessors();  // all resident at once
   call.check(launch_stem_cuda(p, call.stream()));
 }
@@ -174,20 +180,22 @@ void run_stem_kernel(const CudaCall& call, const Conv& conv, const Tensor& x, co
 }  // namespace
 
 void stem_cuda(StableIValue* stack, uint64_t, uint64_t) {
-  const Chain chain = read(stack);
-  const Conv& conv = chain.convs[0];
-  const Sizes s = check_chain(chain);
-  const CudaCall call(chain.op, chain.x);
+  const Stem stem = read(stack);
+  const Conv& conv = stem.conv();
+  const Sizes s = check(stem);
+  const Tensor &x = stem.chain.x, &w = conv.weight;
+  const CudaCall call(stem.chain.op, x);
   const Sizes sizes{s[0], s[1], (s[2] + 1) / 2, (s[3] + 1) / 2};
-  const Tensor& x = chain.x;
-  Tensor y = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
-  const Tensor& w = conv.weight;
+  Tensor y = empty_strided(sizes, channels_last_strides(sizes), torch_dtype(stem.dtype), x);
   if (s[0] == 0) {
     // nothing to compute
   } else if (stem_fits(x.size(1), s[1], w.size(2), w.size(3), conv.stride, conv.padding,
                        conv.dilation, conv.groups)) {
-    run_stem_kernel(call, conv, x, y);
+    run_stem_kernel(call, stem, y);
   } else {
+    require(!stem.norm.defined(), "stem: on a GPU, x of uint8 needs a 7x7 convolution of stride 2 ",
+            "and padding 3 to at most 128 filters, a multiple of 8; use resnet_fused.stem, which ",
+            "normalises x beforehand");
     // The ReLU comes with the maximum.
     const Tensor h = run_conv_cuda(call, conv, channels_last(x), Tensor(), false);
     call.check(launch_relu_max_pool_cuda(

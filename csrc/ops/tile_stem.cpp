@@ -98,10 +98,9 @@ class TileStem {
         continue;
       }
       finite =
-          pack_pixels_cpu({x, table_, p_.products == Products::bf16x3,
-                           reinterpret_cast<uint64_t*>(to),
-                           reinterpret_cast<uint64_t*>(to + half_bytes()), C_, W_, strides_[1],
-                           strides_[3]}) &&
+          pack_pixels_cpu(
+              {x, table_, p_.products == Products::bf16x3, reinterpret_cast<uint64_t*>(to),
+               reinterpret_cast<uint64_t*>(to + half_bytes()), C_, W_, strides_[1], strides_[3]}) &&
           finite;
     }
     return finite;

@@ -29,9 +29,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter, or another attribute, by path; an argument of a step."""
+    """A parameter by path; an argument of a step."""
 
     path: str
+
+
+@dataclass(frozen=True)
+class Own:
+    """What lies in the module's own ``__dict__`` under a name, or None; an argument of a step."""
+
+    name: str
 
 
 @dataclass
@@ -277,7 +284,7 @@ class Matcher:
         own = {*link.nodes, *passed, pool}
         if not self.effects.may_move(link.x, link.nodes[0], pool, own):
             return False
-        args = (link.x, link.pair, Param(NORM))
+        args = (link.x, link.pair, Own(NORM))
         return self._take("stem", [*own], steps.stem, args)
 
     def _adds(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fused.fusion.layouts import Layouts
-from resnet_fused.fusion.matching import Found, Matcher, Pair, Param
+from resnet_fused.fusion.matching import Found, Matcher, Own, Pair, Param
 from resnet_fused.fusion.standins import CONTAINERS, MISSING, Refused, freeze, is_fixed
 from resnet_fused.fusion.tracing import Trace, kinds, read
 from resnet_fused.fusion.units import (
@@ -380,6 +380,8 @@ def _compile(
             return graph.call_function(getitem, (convs, len(pairs) - 1))
         if isinstance(value, Param):
             return graph.get_attr(value.path)
+        if isinstance(value, Own):
+            return graph.call_method("get", (graph.get_attr("__dict__"), value.name))
         return replaced.get(value, value) if isinstance(value, fx.Node) else value
 
     for call in found:

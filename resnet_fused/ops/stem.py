@@ -59,15 +59,23 @@ def _of_bytes(x: Tensor, conv: ConvBN, norm: InputNorm | None) -> Tensor:
             "resnet_fused.set_input_norm(model, mean, std), give the op norm=InputNorm(mean, std), "
             "or normalise x beforehand"
         )
-    w, numbers = conv.weight, norm.tensor(x.device)
+    w = conv.weight
     path = dispatch.path_on(x.device, w.dtype, "stem", conv.groups).name
     converts = w.dtype != cb.autocast_dtype(x, w.dtype) or dispatch.only_torch_ops()
     if converts or path == "reference" or (path == "cuda" and not _fits_cuda(conv)):
-        return stem(normalise(x, numbers, cb.input_dtype(x, w.dtype)), conv)
-    y: Tensor = torch.ops.resnet_fused.stem.default(x, *cb.flatten(conv), splits(w), numbers)
+        return stem(*of_floats(x, conv, norm))
+    args = (*cb.flatten(conv), splits(w), norm.tensor(x.device))
+    y: Tensor = torch.ops.resnet_fused.stem.default(x, *args)
     if not torch.compiler.is_compiling():
         watch(w)
     return y
+
+
+def of_floats(x: Tensor, conv: ConvBN, norm: InputNorm | None = None) -> tuple[Tensor, ConvBN]:
+    """Arguments of ``stem`` with the bytes normalised: what it means of them."""
+    if x.dtype is torch.uint8 and norm is not None:
+        x = normalise(x, norm.tensor(x.device), cb.input_dtype(x, conv.weight.dtype))
+    return x, conv
 
 
 def _fits_cuda(conv: ConvBN) -> bool:

@@ -110,7 +110,7 @@ TABLE = (
     ),
     Row(r"add_relu_scalar_kernel<\w+>", 6, "occupancy only: one element per thread"),
     Row(
-        r"stem_kernel<\w+>",
+        r"stem_kernel<\w+, [\w ]+>",
         2,
         "one block multiplies while the other loads or pools; shared memory allows two as well",
         TENSOR_CORES + KEEPS_NAN,

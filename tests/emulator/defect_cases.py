@@ -13,6 +13,7 @@ import mma_conv_cases as conv_cases
 import test_add_relu_kernel as add_relu_tests
 import test_pool_linear_kernel as pool_linear_tests
 import test_relu_max_pool_kernel as relu_max_pool_tests
+import test_stem_bytes as bytes_tests
 import test_stem_kernel as stem_tests
 import torch
 import wgmma_conv_cases as wgmma_cases
@@ -21,6 +22,7 @@ from mma_conv_cases import Shape, square
 from torch import Tensor
 
 from harness.case import Source
+from resnet_fused.input_norm import normalise
 
 HALF, NAN = torch.float16, float("nan")
 
@@ -126,6 +128,20 @@ def stem(size: tuple[int, int], nan: bool) -> Callable[[Library, int], None]:
     return case
 
 
+def stem_bytes(library: Library, seed: int) -> None:
+    """Bytes against the same normalised beforehand."""
+    x, c, norm = bytes_tests.problem(seed, HALF, 1, 3, 29, 33, 64)
+    want = stem_tests.run(library, seed, normalise(x, norm, HALF), c, most_blocks=1)
+    compare(library, stem_tests.run(library, seed, x, c, most_blocks=1, norm=norm), want)
+
+
+def stem_bytes_rounded(library: Library, seed: int) -> None:
+    """Bytes whose product and shift cancel, each rounded."""
+    x, c, norm = bytes_tests.cancelling(HALF)
+    got = stem_tests.run(library, seed, x, c, norm=norm)
+    compare(library, got, torch.zeros_like(got))
+
+
 def pool_linear(library: Library, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     for n, c, k in ((1, 64, 5), (5, 132, 37)):
@@ -192,6 +208,8 @@ CASES: dict[str, Callable[[Library, int], None]] = {
     "wgmma_tf32": wgmma_tf32,
     "stem": stem((29, 33), nan=False),
     "stem_nan": stem((31, 40), nan=True),
+    "stem_bytes": stem_bytes,
+    "stem_bytes_rounded": stem_bytes_rounded,
     "pool_linear": pool_linear,
     "relu_max_pool": relu_max_pool,
     "add_relu": add_relu(0),

@@ -24,6 +24,7 @@ from types import ModuleType
 
 import emulator_build as make
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS = ("add_relu", "mma_conv", "pool_linear", "relu_max_pool", "stem", "wgmma_conv")
@@ -73,9 +74,10 @@ class Device:
         size = _size(t)
         address: int = self.native.allocate(size * t.element_size(), kind, misalign)
         if size != t.numel():
-            unit = torch.zeros(size, t.element_size() // 2, dtype=torch.uint8)
+            unit = torch.zeros(size, t.element_size(), dtype=torch.uint8)
             for part in unit.unbind(1):
                 part.as_strided(t.shape, [s * unit.shape[1] for s in t.stride()]).fill_(1)
+            unit = F.pad(unit.flatten(), (0, unit.numel() % 2)).view(-1, 2).amax(1)
             self.native.mark_elements(address, unit.numpy().tobytes())
         self.like[address] = t
         return address

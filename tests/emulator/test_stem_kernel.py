@@ -40,12 +40,19 @@ CASES = (
 
 
 def run(
-    library: Any, seed: int, x: Tensor, conv: ConvBN, most_blocks: int = 3, misalign: int = 0
+    library: Any,
+    seed: int,
+    x: Tensor,
+    conv: ConvBN,
+    most_blocks: int = 3,
+    misalign: int = 0,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """The kernel's result as [N, K, P, Q]; few blocks, so that each has several tiles."""
+    dtype = x.dtype if norm is None else conv.weight.dtype
     n, c, h, w = x.shape
     k = conv.weight.shape[0]
-    like = torch.empty(n, -(-h // 4), -(-w // 4), k, dtype=x.dtype)
+    like = torch.empty(n, -(-h // 4), -(-w // 4), k, dtype=dtype)
     vectors = {
         "conv_bias": conv.bias,
         "weight": conv.bn_weight,
@@ -58,6 +65,7 @@ def run(
         library.stem(
             x=device.put(x),
             x_strides=x.stride(),
+            norm=device.put(norm),
             weight=device.put(conv.weight),
             weight_strides=conv.weight.stride(),
             bn={
@@ -70,7 +78,7 @@ def run(
             H=h,
             W=w,
             K=k,
-            dtype=x.dtype,
+            dtype=dtype,
             most_blocks=most_blocks,
         )
         got: Tensor = device.get(out)

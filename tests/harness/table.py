@@ -15,6 +15,7 @@ from harness.case import Case, Inputs, Op, Source
 from resnet_fused import ops
 from resnet_fused.ops import ConvBN
 from resnet_fused.ops.conv_bn import flatten, flatten_optional
+from resnet_fused.ops.stem import of_floats
 
 
 def _act(
@@ -71,7 +72,8 @@ def _bottleneck(
     return _chain(dtype, products, x, conv1, conv2, conv3, downsample)
 
 
-def _stem(dtype: torch.dtype, products: str, x: Tensor, conv: ConvBN) -> Exact:
+def _stem(dtype: torch.dtype, products: str, *args: Any) -> Exact:
+    x, conv = of_floats(*args)
     y = _act(bounds.stored(x), conv, None, True, dtype, products)
     # A maximum moves by no more than the largest error in its window.
     return Exact(F.max_pool2d(y.value, 3, 2, 1), F.max_pool2d(y.error, 3, 2, 1), y.peak)

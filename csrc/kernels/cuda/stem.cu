@@ -5,7 +5,7 @@
 // A block makes tiles of 7x8 pooled pixels for one group of filters (128 bytes of each output
 // pixel) and keeps the group's weights in shared memory for all its tiles. Per tile:
 //   1. patch: the 35x40 input pixels below the tile, each as 4 channels, zeros where the image or
-//      its channels end;
+//      its channels end. Bytes are normalised between their load and their store (normalise.h);
 //   2. product: the 15x17 convolution pixels are the 255 rows of a GEMM. Filter row r of a pixel is
 //      8 neighbouring pixels of the patch: 32 operands in one piece, which ldmatrix takes from the
 //      patch itself, with no copy for the overlaps;
@@ -73,10 +73,13 @@ struct Layout {
   static constexpr int kResult = kWeights + kFilters * kFilter;
   static constexpr int kAffine = kResult + kGemmRows * kTilePixel;  // scales, then shifts
   static constexpr int kTiles = kAffine + kFilters * 2 * sizeof(float);
-  static constexpr int kBytes = kTiles + 2 * 16;
+  static constexpr int kNorm = kTiles + 2 * 16;  // of bytes: scales, then shifts
+  static constexpr int kNormBytes = 2 * kChannels * sizeof(float);
+  template <typename X>
+  static constexpr int kBytes = kNorm + (sizeof(X) == 1 ? kNormBytes : 0);
   static_assert(kRowPair % 128 == 16 * kConvColumns % 128, "row ends keep the banks in turn");
   static_assert(kFilter / 16 % 2 == 1, "filters are in different banks");
-  static_assert(kBytes <= kMostShared, "fits every GPU");
+  static_assert(kNorm + kNormBytes <= kMostShared, "fits every GPU");
 
   static __device__ __forceinline__ int pixel(int row, int column) {
     const int at = kSplitColumns ? column % 2 * (kRow / 2) + column / 2 * 16 : column * 8;
@@ -100,14 +103,14 @@ __device__ __forceinline__ void find_tile(Tile* to, int at, int tiles, int down,
 // The patch's pixels of this thread. As an unsigned number, a coordinate before the image is beyond
 // it, so that one comparison finds both. Without a tile nothing is read; that this is no branch
 // around the call keeps the pixels' registers free for the rest of the loop.
-template <typename T>
+template <typename X>
 __device__ __forceinline__ void load_patch(const StemParams& p, const Tile& tile,
-                                           Pixel<T> (&pixels)[kPatchLoads]) {
+                                           Pixel<X> (&pixels)[kPatchLoads]) {
   const uint32_t height = tile.there ? static_cast<uint32_t>(p.H) : 0;
   const uint32_t width = static_cast<uint32_t>(p.W);
   const int h = 4 * tile.p - 5 + static_cast<int>(threadIdx.x) / kPatchColumns;
   const int w = 4 * tile.q - 5 + static_cast<int>(threadIdx.x) % kPatchColumns;
-  const auto* first = static_cast<const T*>(p.x) + tile.n * p.x_strides[0] + h * p.x_strides[2] +
+  const auto* first = static_cast<const X*>(p.x) + tile.n * p.x_strides[0] + h * p.x_strides[2] +
                       w * p.x_strides[3];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
@@ -116,24 +119,49 @@ __device__ __forceinline__ void load_patch(const StemParams& p, const Tile& tile
     for (int i = 0; i < kPatchLoads; ++i) {
       const bool inside =
           static_cast<uint32_t>(w) < width && static_cast<uint32_t>(h + i * kRowsAtOnce) < height;
-      pixels[i].v[c] = inside && c < p.C ? *from : T{};
+      pixels[i].v[c] = inside && c < p.C ? *from : X{};
       from += kRowsAtOnce * p.x_strides[2];
     }
   }
 }
 
-// There is room for the row behind an odd number of rows.
+// A byte has a value within the image only; a channel beyond the last has a scale and a shift of 0.
+// Product and sum are rounded each, as everywhere: nvcc would make one rounding of them.
 template <typename T>
-__device__ __forceinline__ void store_patch(unsigned char* patch,
-                                            const Pixel<T> (&pixels)[kPatchLoads]) {
+__device__ __forceinline__ Pixel<T> values(const Pixel<uint8_t>& bytes, const float* norm,
+                                           bool inside) {
+  Pixel<T> pixel;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const float v = __fadd_rn(__fmul_rn(bytes.v[c], norm[c]), norm[kChannels + c]);
+    pixel.v[c] = inside ? from_float<T>(v) : T{};
+  }
+  return pixel;
+}
+template <typename T>
+__device__ __forceinline__ Pixel<T> values(const Pixel<T>& pixel, const float*, bool) {
+  return pixel;
+}
+
+// There is room for the row behind an odd number of rows.
+template <typename T, typename X>
+__device__ __forceinline__ void store_patch(const StemParams& p, const Tile& tile,
+                                            unsigned char* shared,
+                                            const Pixel<X> (&pixels)[kPatchLoads]) {
+  using L = Layout<T>;
   if (threadIdx.x >= kRowsAtOnce * kPatchColumns) return;
-  const int first = Layout<T>::pixel(threadIdx.x / kPatchColumns, threadIdx.x % kPatchColumns);
+  const int first = L::pixel(threadIdx.x / kPatchColumns, threadIdx.x % kPatchColumns);
+  const auto* norm = reinterpret_cast<const float*>(shared + L::kNorm);
+  const int h = 4 * tile.p - 5 + static_cast<int>(threadIdx.x) / kPatchColumns;
+  const int w = 4 * tile.q - 5 + static_cast<int>(threadIdx.x) % kPatchColumns;
+  const bool column = static_cast<uint32_t>(w) < static_cast<uint32_t>(p.W);
 #pragma unroll
   for (int i = 0; i < kPatchLoads; ++i) {
-    Pixel<T> pixel;
+    const bool row = static_cast<uint32_t>(h + i * kRowsAtOnce) < static_cast<uint32_t>(p.H);
+    Pixel<T> pixel = values<T>(pixels[i], norm, column && row);
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) pixel.v[c] = operand(pixels[i].v[c]);
-    *reinterpret_cast<Pixel<T>*>(patch + first + i * (kRowsAtOnce / 2 * Layout<T>::kRowPair)) =
+    for (int c = 0; c < kChannels; ++c) pixel.v[c] = operand(pixel.v[c]);
+    *reinterpret_cast<Pixel<T>*>(shared + L::kPatch + first + i * (kRowsAtOnce / 2 * L::kRowPair)) =
         pixel;
   }
 }
@@ -167,6 +195,14 @@ __device__ __forceinline__ void load_filters(const StemParams& p, int64_t k0,
     affine[threadIdx.x] = scale;
     affine[L::kFilters + threadIdx.x] = shift;
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void load_norm(const StemParams& p, unsigned char* shared) {
+  if (threadIdx.x >= 2 * kChannels) return;
+  const int64_t row = threadIdx.x / kChannels, c = threadIdx.x % kChannels;
+  auto* norm = reinterpret_cast<float*>(shared + Layout<T>::kNorm);
+  norm[threadIdx.x] = c < p.C ? p.norm[row * p.C + c] : 0.0f;
 }
 
 // The convolution of this warp's 32 pixels with all filters of the group.
@@ -302,19 +338,20 @@ __device__ __forceinline__ void store_pooled(const StemParams& p, const Tile& ti
   }
 }
 
-template <typename T>
+template <typename T, typename X>
 __global__ void __launch_bounds__(kThreads, 2)
     stem_kernel(const __grid_constant__ StemParams p, int tiles, int down, int across) {
   using L = Layout<T>;
   RESNET_FUSED_SHARED(shared);
   const int64_t k0 = static_cast<int64_t>(blockIdx.y) * L::kFilters;
   auto* places = reinterpret_cast<Tile*>(shared + L::kTiles);
-  Pixel<T> pixels[kPatchLoads];
+  Pixel<X> pixels[kPatchLoads];
   find_tile(&places[0], blockIdx.x, tiles, down, across);
   load_filters<T>(p, k0, shared);
+  if (sizeof(X) == 1) load_norm<T>(p, shared);
   __syncthreads();
   load_patch(p, places[0], pixels);
-  store_patch(shared + L::kPatch, pixels);
+  store_patch<T>(p, places[0], shared, pixels);
   __syncthreads();
   int place = 0;
   for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
@@ -327,13 +364,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();  // the tile is complete, the patch has been read
     load_patch(p, places[1 - place], pixels);
     store_pooled<T>(p, places[place], k0, shared);
-    store_patch(shared + L::kPatch, pixels);
+    store_patch<T>(p, places[1 - place], shared, pixels);
     place = 1 - place;
     __syncthreads();  // the patch is complete, the tile has been read
   }
 }
 
-template <typename T>
+template <typename T, typename X>
 cudaError_t launch_stem(const StemParams& p, cudaStream_t stream) {
   using L = Layout<T>;
   const int64_t P = (p.H + 3) / 4, Q = (p.W + 3) / 4;
@@ -349,9 +386,14 @@ cudaError_t launch_stem(const StemParams& p, cudaStream_t stream) {
   // As many tiles for one block as for another, as far as they divide.
   const int64_t most = p.most_blocks > groups ? p.most_blocks / groups : 1;
   const int64_t each = (tiles + most - 1) / most;
-  const LaunchShape shape{{(tiles + each - 1) / each, groups, 1}, kThreads, L::kBytes};
-  return launch<stem_kernel<T>>(shape, stream, p, static_cast<int>(tiles), static_cast<int>(down),
-                                static_cast<int>(across));
+  const LaunchShape shape{{(tiles + each - 1) / each, groups, 1}, kThreads, L::template kBytes<X>};
+  return launch<stem_kernel<T, X>>(shape, stream, p, static_cast<int>(tiles),
+                                   static_cast<int>(down), static_cast<int>(across));
+}
+
+template <typename T>
+cudaError_t launch_stem(const StemParams& p, cudaStream_t stream) {
+  return p.norm == nullptr ? launch_stem<T, T>(p, stream) : launch_stem<T, uint8_t>(p, stream);
 }
 
 }  // namespace

@@ -187,6 +187,7 @@ int stem(const py::kwargs& kwargs) {
     Fields f(kwargs);
     p.x = f.pointer("x");
     f.numbers("x_strides", p.x_strides);
+    p.norm = f.pointer<const float>("norm");
     p.weight = f.pointer("weight");
     f.numbers("weight_strides", p.weight_strides);
     p.bn = batch_norm(f.take("bn", py::dict()));
