@@ -25,7 +25,7 @@ from resnet_fused.modules import Fused, Site, is_graphed, ungraphed
 from resnet_fused.ops import ConvBN
 from resnet_fused.ready import NAME, recall
 from resnet_fused.uint8 import NAME as NORM
-from resnet_fused.uint8 import with_floats
+from resnet_fused.uint8 import keep_norm, with_floats
 
 _PLAN = "_fuse_plan"
 
@@ -71,7 +71,9 @@ class PlannedGraph(Planned):
         return self._unfused("recompile")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return _fused_graph(self._unfused("__deepcopy__", memo))
+        made = _fused_graph(self._unfused("__deepcopy__", memo))
+        keep_norm(self, made)  # type: ignore[arg-type]
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return (_unpickled_graph, self._unfused("__reduce_ex__", protocol)[:2])
@@ -196,13 +198,14 @@ def fuse(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy in the same modes, which torch.fx.GraphModule's copies forget."""
-    modes = {name: m.training for name, m in model.named_modules()}
+    """A deep copy in the same modes, told the same, which torch.fx.GraphModule's copies forget."""
+    before = dict(model.named_modules())
     with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
         model = copy.deepcopy(model)
     for name, m in model.named_modules():
-        if m.training != modes.get(name, m.training):
-            m.training = modes[name]
+        if name in before:
+            m.training = before[name].training
+            keep_norm(before[name], m)
     return model
 
 

@@ -10,6 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+UNTOLD = (
+    "x is uint8, and nothing says how to normalise it: tell the model once by "
+    "resnet_fused.set_input_norm(model, mean, std), give the op norm=InputNorm(mean, std), or "
+    "normalise x beforehand"
+)
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,16 @@ class InputNorm:
         scale = [1 / (255 * s) for s in self.std]
         return [scale, [-m / s for m, s in zip(self.mean, self.std, strict=True)]]
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """Scales and shifts, shape [2, C], float32, on ``device``; made there once."""
-        key = (device.type, device.index)
+    def tensor(self, x: Tensor) -> Tensor:
+        """Scales and shifts, shape [2, C], float32, on the device of ``x``; made there once."""
+        if isinstance(x, FakeTensor):  # which takes no real one beside it
+            with x.fake_mode:
+                return torch.tensor(self._rows(), dtype=torch.float32).to(x.device)
+        key = (x.device.type, x.device.index)
         made = self._tensors.get(key)
         if made is None:
             with torch.inference_mode(False):  # what is made in it cannot be saved for a backward
-                made = torch.tensor(self._rows(), dtype=torch.float32, device=device)
-            # A fake one would be good for its own mode only.
+                made = torch.tensor(self._rows(), dtype=torch.float32, device=x.device)
             if type(made) is Tensor and not torch.compiler.is_compiling():
                 self._tensors[key] = made
         return made
@@ -99,10 +109,11 @@ def normalise(x: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
             f"x must have {norm.shape[1]} channels [N, C, H, W], one for each mean and std, got "
             f"shape {tuple(x.shape)}; an array [N, H, W, C] is x.permute(0, 3, 1, 2)"
         )
+    scale, shift = norm.unbind()
     symbolic = tracing or torch.compiler.is_compiling()
     if not symbolic and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         # As long as a row of pixels: torch is six times slower when it repeats three numbers.
-        scale, shift = norm.repeat(1, x.shape[3])
+        scale, shift = (v.repeat(x.shape[3]) for v in (scale, shift))
         rows = x.permute(0, 2, 3, 1).flatten(2).float().mul_(scale).add_(shift).to(dtype)
         return rows.unflatten(2, (x.shape[3], x.shape[1])).permute(0, 3, 1, 2)
-    return (x.float() * norm[0].view(-1, 1, 1) + norm[1].view(-1, 1, 1)).to(dtype)
+    return (x.float() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(dtype)

@@ -9,27 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.input_norm import InputNorm, normalise
+from resnet_fused.input_norm import UNTOLD, InputNorm, normalise
 from resnet_fused.modules import ungraphed
 from resnet_fused.ops.conv_bn import input_dtype
 
 NAME = "_uint8_norm"  # in the __dict__ of a module that was told
 
 
-def to_floats(module: nn.Module, norm: InputNorm, x: Any) -> Any:
+def to_floats(module: nn.Module, norm: InputNorm | None, x: Any) -> Any:
     """``x`` as ``module``'s own code takes it: bytes are normalised, all else is as it was.
 
     Args:
         module: its first convolution says the dtype.
         norm: what it was told.
         x: the first argument of a call.
+
+    Raises:
+        ValueError: ``x`` is bytes, and ``module`` was told nothing.
     """
     if not isinstance(x, Tensor) or x.dtype is not torch.uint8:
         return x
+    if norm is None:
+        raise ValueError(UNTOLD)
     dtypes = [(p.dim(), p.dtype) for p in module.parameters() if p.is_floating_point()]
     dtypes.append((0, torch.float32))
     dtype = next((dtype for dim, dtype in dtypes if dim == 4), dtypes[0][1])
-    return normalise(x, norm.tensor(x.device), input_dtype(x, dtype))
+    return normalise(x, norm.tensor(x), input_dtype(x, dtype))
 
 
 def with_floats(
@@ -47,6 +52,13 @@ def with_floats(
 def takes_bytes(module: nn.Module) -> bool:
     """True if the forward of ``module`` looks for ``NAME`` itself."""
     return getattr(type(module).forward, "takes_bytes", False)
+
+
+def keep_norm(module: nn.Module, copy: nn.Module) -> None:
+    """Tell a copy what ``module`` was told; torch.fx.GraphModule's forget attributes and hooks."""
+    norm = module.__dict__.get(NAME)
+    if norm is not None and NAME not in copy.__dict__:
+        set_input_norm(copy, norm.mean, norm.std)
 
 
 class BeforeForward:
@@ -104,7 +116,7 @@ def set_input_norm(
         return model
     model.__dict__[NAME] = norm
     for p in model.parameters():
-        norm.tensor(p.device)  # before torch.compile or a CUDA graph comes across it
+        norm.tensor(p)  # before torch.compile or a CUDA graph comes across it
         break
     # What fuse() gave a module, unfuse() takes away.
     if not takes_bytes(model) or "fused_from" in type(ungraphed(model)).__dict__:

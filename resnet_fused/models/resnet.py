@@ -176,8 +176,7 @@ class ResNet(Fused, nn.Module):
         norm = self.__dict__.get(NAME)
         if call is not None and call[0] is sites.STEM:
             return ops.stem(x, call[1], norm)
-        if norm is not None:
-            x = to_floats(self, norm, x)
+        x = to_floats(self, norm, x)
         if call is None:
             y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
             return y

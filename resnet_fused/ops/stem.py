@@ -11,7 +11,7 @@ from torch import Tensor
 from resnet_fused import dispatch, reference
 from resnet_fused._extension import watch
 from resnet_fused.dispatch import clear_case, splits, use_reference
-from resnet_fused.input_norm import InputNorm, normalise
+from resnet_fused.input_norm import UNTOLD, InputNorm, normalise
 from resnet_fused.ops import conv_bn as cb
 from resnet_fused.ops.conv_bn import FLAT, ConvBN
 from resnet_fused.ops.register import register
@@ -54,17 +54,13 @@ def stem(x: Tensor, conv: ConvBN, norm: InputNorm | None = None) -> Tensor:
 
 def _of_bytes(x: Tensor, conv: ConvBN, norm: InputNorm | None) -> Tensor:
     if norm is None:
-        raise ValueError(
-            "x is uint8, and nothing says how to normalise it: tell the model once by "
-            "resnet_fused.set_input_norm(model, mean, std), give the op norm=InputNorm(mean, std), "
-            "or normalise x beforehand"
-        )
+        raise ValueError(UNTOLD)
     w = conv.weight
     path = dispatch.path_on(x.device, w.dtype, "stem", conv.groups).name
     converts = w.dtype != cb.autocast_dtype(x, w.dtype) or dispatch.only_torch_ops()
     if converts or path == "reference" or (path == "cuda" and not _fits_cuda(conv)):
         return stem(*of_floats(x, conv, norm))
-    args = (*cb.flatten(conv), splits(w), norm.tensor(x.device))
+    args = (*cb.flatten(conv), splits(w), norm.tensor(x))
     y: Tensor = torch.ops.resnet_fused.stem.default(x, *args)
     if not torch.compiler.is_compiling():
         watch(w)
@@ -74,7 +70,7 @@ def _of_bytes(x: Tensor, conv: ConvBN, norm: InputNorm | None) -> Tensor:
 def of_floats(x: Tensor, conv: ConvBN, norm: InputNorm | None = None) -> tuple[Tensor, ConvBN]:
     """Arguments of ``stem`` with the bytes normalised: what it means of them."""
     if x.dtype is torch.uint8 and norm is not None:
-        x = normalise(x, norm.tensor(x.device), cb.input_dtype(x, conv.weight.dtype))
+        x = normalise(x, norm.tensor(x), cb.input_dtype(x, conv.weight.dtype))
     return x, conv
 
 

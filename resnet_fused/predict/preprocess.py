@@ -207,5 +207,5 @@ def normalise(pixels: Tensor, prep: Preprocessing, dtype: torch.dtype) -> Tensor
     Returns:
         Shape [N, 3, H, W], channels_last, on the device of ``pixels``.
     """
-    norm = InputNorm(prep.mean, prep.std).tensor(pixels.device)
+    norm = InputNorm(prep.mean, prep.std).tensor(pixels)
     return input_norm.normalise(pixels.permute(0, 3, 1, 2), norm, dtype)
