@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-
 UNTOLD = (
     "x is uint8, and nothing says how to normalise it: tell the model once by "
     "resnet_fused.set_input_norm(model, mean, std), give the op norm=InputNorm(mean, std), or "

@@ -354,7 +354,7 @@ def _watched(module: nn.Module, trace: Trace) -> tuple[Watch, ...]:
 
 
 def _feeds_a_stem(graph: fx.Graph, found: list[Found]) -> bool:
-    """True if the forward's first input is read by a stem, and otherwise only asked for its size."""
+    """True if the first input is read by a stem, and otherwise only asked for its size."""
     x = next(n for n in graph.nodes if n.op == "placeholder")
 
     def asks(node: fx.Node) -> bool:
