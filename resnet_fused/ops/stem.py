@@ -86,7 +86,7 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    conv, norm = cb.unflatten(args[:FLAT]), (*args, None)[FLAT + 1]
+    conv, norm = cb.unflatten(args[:FLAT]), (*args[FLAT + 1 :], None)[0]
     like = x if norm is None else cb.Shape(x.shape, conv.weight.dtype, x.device)
     cb.check_conv(like, conv)
     n, k, oh, ow = cb.out_shape(x, conv)

@@ -70,14 +70,14 @@ STEM = [
     ),
     Defect(
         "stem: what is padded is normalised, too",
-        "stem.cu",
+        "stem_bytes.cuh",
         "pixel.v[c] = inside ? from_float<T>(v) : T{};",
         "pixel.v[c] = from_float<T>(v);",
         "stem_bytes",
     ),
     Defect(
         "stem: bytes normalised with another channel's scale",
-        "stem.cu",
+        "stem_bytes.cuh",
         "__fmul_rn(bytes.v[c], norm[c])",
         "__fmul_rn(bytes.v[c], norm[c / 2])",
         "stem_bytes",
@@ -99,7 +99,7 @@ STEM = [
     ),
     Defect(
         "stem: shifts of bytes not read where there is one channel less than four",
-        "stem.cu",
+        "stem_bytes.cuh",
         "p.norm[row * p.C + c]",
         "p.norm[row * kChannels + c]",
         "stem_bytes",
@@ -107,7 +107,7 @@ STEM = [
     ),
     Defect(
         "stem: product and sum rounded as one",
-        "stem.cu",
+        "stem_bytes.cuh",
         "__fadd_rn(__fmul_rn(bytes.v[c], norm[c]), norm[kChannels + c])",
         "__fmaf_rn(bytes.v[c], norm[c], norm[kChannels + c])",
         "stem_bytes_rounded",

@@ -17,7 +17,7 @@
 #include "../stem.h"
 #include "batch_norm.cuh"
 #include "launch.cuh"
-#include "numeric.cuh"
+#include "stem_bytes.cuh"
 
 namespace resnet_fused {
 namespace {
@@ -29,17 +29,12 @@ constexpr int kConvPixels = kConvRows * kConvColumns;
 constexpr int kRowTiles = 2;  // m16 tiles per warp
 constexpr int kGemmRows = kThreads / 32 * kRowTiles * 16;
 static_assert(kConvPixels <= kGemmRows, "every pixel has a row");
-constexpr int kFilterSize = 7, kTaps = 8, kChannels = 4;
+constexpr int kFilterSize = 7, kTaps = 8;
 constexpr int kPatchRows = 2 * (kConvRows - 1) + kFilterSize;
 constexpr int kPatchColumns = 2 * (kConvColumns - 1) + kTaps;
 constexpr int kRowsAtOnce = 6;  // rows that 240 of the threads load side by side
 constexpr int kPatchLoads = (kPatchRows + kRowsAtOnce - 1) / kRowsAtOnce;
 static_assert(kRowsAtOnce * kPatchColumns <= kThreads && kRowsAtOnce % 2 == 0, "whole rows");
-
-template <typename T>
-struct alignas(kChannels * sizeof(T)) Pixel {
-  T v[kChannels];
-};
 
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -125,24 +120,6 @@ __device__ __forceinline__ void load_patch(const StemParams& p, const Tile& tile
   }
 }
 
-// A byte has a value within the image only; a channel beyond the last has a scale and a shift of 0.
-// Product and sum are rounded each, as everywhere: nvcc would make one rounding of them.
-template <typename T>
-__device__ __forceinline__ Pixel<T> values(const Pixel<uint8_t>& bytes, const float* norm,
-                                           bool inside) {
-  Pixel<T> pixel;
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    const float v = __fadd_rn(__fmul_rn(bytes.v[c], norm[c]), norm[kChannels + c]);
-    pixel.v[c] = inside ? from_float<T>(v) : T{};
-  }
-  return pixel;
-}
-template <typename T>
-__device__ __forceinline__ Pixel<T> values(const Pixel<T>& pixel, const float*, bool) {
-  return pixel;
-}
-
 // There is room for the row behind an odd number of rows.
 template <typename T, typename X>
 __device__ __forceinline__ void store_patch(const StemParams& p, const Tile& tile,
@@ -195,14 +172,6 @@ __device__ __forceinline__ void load_filters(const StemParams& p, int64_t k0,
     affine[threadIdx.x] = scale;
     affine[L::kFilters + threadIdx.x] = shift;
   }
-}
-
-template <typename T>
-__device__ __forceinline__ void load_norm(const StemParams& p, unsigned char* shared) {
-  if (threadIdx.x >= 2 * kChannels) return;
-  const int64_t row = threadIdx.x / kChannels, c = threadIdx.x % kChannels;
-  auto* norm = reinterpret_cast<float*>(shared + Layout<T>::kNorm);
-  norm[threadIdx.x] = c < p.C ? p.norm[row * p.C + c] : 0.0f;
 }
 
 // The convolution of this warp's 32 pixels with all filters of the group.
@@ -348,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Pixel<X> pixels[kPatchLoads];
   find_tile(&places[0], blockIdx.x, tiles, down, across);
   load_filters<T>(p, k0, shared);
-  if (sizeof(X) == 1) load_norm<T>(p, shared);
+  if (sizeof(X) == 1) load_norm(p, reinterpret_cast<float*>(shared + L::kNorm));
   __syncthreads();
   load_patch(p, places[0], pixels);
   store_patch<T>(p, places[0], shared, pixels);
