@@ -11,11 +11,13 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from emulated_ops import instead_of_cpu, launches
 from test_stem_kernel import CASES, SEEDS, bits, run, stem_conv
 from torch import Tensor
 
 from harness.case import DTYPES, Source
 from harness.views import VIEWS
+from resnet_fused import InputNorm, ops
 from resnet_fused.input_norm import normalise
 from resnet_fused.ops import ConvBN
 
@@ -91,6 +93,24 @@ def test_every_byte(library: Any) -> None:
     norm = torch.tensor([[1.0], [0.0]])
     want = run(library, 0, x.float(), conv)
     assert torch.equal(run(library, 0, x, conv, norm=norm), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_op(dtype: torch.dtype) -> None:
+    """Breaks if the op's host side hands on other strides or norms, or a stem that the kernel does
+    not take is not normalised first.
+    """
+    norm = InputNorm((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for k, window, kernel in ((64, 7, "stem_kernel<"), (60, 7, "mma_conv"), (64, 5, "mma_conv")):
+        conv = Source(dtype).conv(3, k, window, stride=(2, 2))
+        x = torch.randint(0, 256, (3, 21, 18, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        for image in (x, x.contiguous(), x[1:, :, 2:, ::2], x[:0]):
+            with instead_of_cpu() as loaded:
+                got = ops.stem(image, conv, norm)
+                names = [launch.kernel for launch in launches(loaded)]
+                want = ops.stem(normalise(image, norm.tensor(image), dtype), conv)
+            assert got.dtype == dtype and torch.equal(bits(got), bits(want))
+            assert not image.numel() or names[0].startswith(kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
