@@ -17,9 +17,11 @@ import test_stem_bytes as bytes_tests
 import test_stem_kernel as stem_tests
 import torch
 import wgmma_conv_cases as wgmma_cases
+import wgmma_pair_cases as pair_cases
 from emulated import Library
 from mma_conv_cases import Shape, square
 from torch import Tensor
+from wgmma_pair_cases import PairShape, three
 
 from harness.case import Source
 from resnet_fused.input_norm import normalise
@@ -72,6 +74,22 @@ def wgmma(
         problem = replace(problem, images=(image, *problem.images[1:]))
         got = wgmma_cases.run(library, problem, tile, splits, seed, blocks, dependent)
         compare(library, got, conv_cases.exact(problem).value)
+
+    return case
+
+
+def pair(
+    tile: int, shape: PairShape, blocks: int = 1, dependent: bool = False
+) -> Callable[[Library, int], None]:
+    """Two convolutions as one by so many blocks; one pixel is NaN."""
+
+    def case(library: Library, seed: int) -> None:
+        both = pair_cases.make(shape, HALF, seed, integer=True)
+        image = both.first.images[0].clone()
+        image[0, 0, -1, -1] = NAN
+        both = replace(both, first=replace(both.first, images=(image,)))
+        got = pair_cases.run(library, both, seed=seed, multiprocessors=blocks, dependent=dependent)
+        compare(library, got, pair_cases.exact_integers(both))
 
     return case
 
@@ -201,11 +219,22 @@ WGMMA: dict[str, tuple[int, Shape, int, int, bool]] = {
     "wgmma_split": (9, Shape("", 1, 9, 9, 320, 72), 3, 2, False),
 }
 
+# Kernel, shape, blocks. Tiles of 128 rows: one block makes them one after the other.
+PAIR: dict[str, tuple[int, PairShape, int, bool]] = {
+    # Five tiles, three parts; eighteen steps in a ring of five.
+    "pair_turns": (0, PairShape("", three(1, 13, 47, 72, 64), 136), 1, False),
+    # One part: a consumer's tiles follow each other without a turn between.
+    "pair_part": (0, PairShape("", three(1, 13, 47, 8, 64), 64), 1, False),
+    "pair_wide": (2, PairShape("", three(1, 5, 30, 24, 128), 72), 1, False),
+    "pair_two": (1, PairShape("", three(1, 5, 60, 24, 64), 72, C2=72), 1, False),
+    "pair_dependent": (0, PairShape("", three(1, 5, 60, 24, 64), 72), 2, True),
+}
 CASES: dict[str, Callable[[Library, int], None]] = {
     **{name: conv(*arguments) for name, arguments in CONV.items()},
     "conv_split_order": split_order,
     **{name: wgmma(*arguments) for name, arguments in WGMMA.items()},
     "wgmma_tf32": wgmma_tf32,
+    **{name: pair(*arguments) for name, arguments in PAIR.items()},
     "stem": stem((29, 33), nan=False),
     "stem_nan": stem((31, 40), nan=True),
     "stem_bytes": stem_bytes,

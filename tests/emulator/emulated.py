@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KERNELS = ("add_relu", "mma_conv", "pool_linear", "relu_max_pool", "stem", "wgmma_conv")
+KERNELS = ("add_relu", "mma_conv", "pool_linear", "relu_max_pool", "stem")
+KERNELS += ("wgmma_conv", "wgmma_pair")
 
 
 @dataclass
@@ -207,6 +208,7 @@ class Library:
     relu_max_pool = functools.partialmethod(launch, "relu_max_pool")
     stem = functools.partialmethod(launch, "stem")
     wgmma_conv = functools.partialmethod(launch, "wgmma_conv")
+    wgmma_pair = functools.partialmethod(launch, "wgmma_pair")
 
     def stats(self) -> dict[str, int]:
         """Counters since run() began: mma, ldmatrix, bank_conflicts, copied_bytes, ..."""

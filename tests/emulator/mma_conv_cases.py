@@ -230,6 +230,41 @@ def make(
     return Problem(tuple(images), tuple(convs), other, relu)
 
 
+def params(device: Any, problem: Problem, misalign: Any = ()) -> dict[str, Any]:
+    """The launch function's arguments besides outputs and plan; ``misalign``: bytes by buffer."""
+    n, k, p, q = problem.size
+    off = dict(misalign)
+
+    def vector(t: Tensor | None) -> Any:
+        return None if t is None else (device.put(t), t.dtype)
+
+    sources = []
+    for i, (x, conv) in enumerate(zip(problem.images, problem.convs, strict=True)):
+        bn = {
+            "conv_bias": vector(conv.bias),
+            "weight": vector(conv.bn_weight),
+            "bias": vector(conv.bn_bias),
+            "mean": vector(conv.running_mean),
+            "var": vector(conv.running_var),
+            "eps": conv.eps,
+        }
+        _, c, h, w = x.shape
+        r, s = conv.weight.shape[2:]
+        geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}
+        # An image without memory is what another convolution of the same kernel makes.
+        dense = None if x.is_meta else x.permute(0, 2, 3, 1).contiguous()
+        weight = device.put(conv.weight.permute(0, 2, 3, 1).contiguous(), off.get(f"w{i}", 0))
+        sizes = {"H": h, "W": w, "C": c, "R": r, "S": s}
+        x_at = device.put(dense, off.get(f"x{i}", 0))
+        sources.append({"x": x_at, "weight": weight, "bn": bn, **sizes, **geometry})
+    residual = None
+    if problem.residual is not None:
+        dense = problem.residual.permute(0, 2, 3, 1).contiguous()
+        residual = device.put(dense, off.get("residual", 0))
+    sizes = {"N": n, "P": p, "Q": q, "K": k, "dtype": problem.images[0].dtype}
+    return {"source": sources, "residual": residual, "relu": problem.relu, **sizes}
+
+
 def run(
     library: Any,
     problem: Problem,
@@ -242,51 +277,13 @@ def run(
 ) -> Tensor:
     """The convolution on the emulator, [N, K, P, Q]; ``misalign``: bytes by buffer name."""
     n, k, p, q = problem.size
-    off = dict(misalign)
-    dtype = problem.images[0].dtype
     with library.run(seed) as device:
-
-        def vector(t: Tensor | None) -> Any:
-            return None if t is None else (device.put(t), t.dtype)
-
-        sources = []
-        for i, (x, conv) in enumerate(zip(problem.images, problem.convs, strict=True)):
-            bn = {
-                "conv_bias": vector(conv.bias),
-                "weight": vector(conv.bn_weight),
-                "bias": vector(conv.bn_bias),
-                "mean": vector(conv.running_mean),
-                "var": vector(conv.running_var),
-                "eps": conv.eps,
-            }
-            _, c, h, w = x.shape
-            r, s = conv.weight.shape[2:]
-            geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}
-            x_at = device.put(x.permute(0, 2, 3, 1).contiguous(), off.get(f"x{i}", 0))
-            weight = device.put(conv.weight.permute(0, 2, 3, 1).contiguous(), off.get(f"w{i}", 0))
-            sizes = {"H": h, "W": w, "C": c, "R": r, "S": s}
-            sources.append({"x": x_at, "weight": weight, "bn": bn, **sizes, **geometry})
-        residual = None
-        if problem.residual is not None:
-            dense = problem.residual.permute(0, 2, 3, 1).contiguous()
-            residual = device.put(dense, off.get("residual", 0))
-        out = device.out(torch.empty(n, p, q, k, dtype=dtype), off.get("out", 0))
+        arguments = params(device, problem, misalign)
+        like = torch.empty(n, p, q, k, dtype=problem.images[0].dtype)
+        out = device.out(like, dict(misalign).get("out", 0))
         workspace = device.scratch(4 * splits * n * p * q * k) if splits > 1 else None
-        library.launch(
-            kernel,
-            source=sources,
-            residual=residual,
-            out=out,
-            workspace=workspace,
-            N=n,
-            P=p,
-            Q=q,
-            K=k,
-            dtype=dtype,
-            relu=problem.relu,
-            plan=(tile, splits),
-            **more,
-        )
+        plan = (tile, splits)
+        library.launch(kernel, out=out, workspace=workspace, plan=plan, **arguments, **more)
         got: Tensor = device.get(out)
     return got.permute(0, 3, 1, 2)
 

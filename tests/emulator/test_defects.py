@@ -11,16 +11,18 @@ import emulator_build as make
 import pytest
 from defect_cases import CASES, Wrong
 from defect_cases import CONV as CONV_CASES
+from defect_cases import PAIR as PAIR_CASES
 from defect_cases import WGMMA as WGMMA_CASES
 from defects import CONV, Defect
 from defects_hopper import HOPPER
+from defects_pair import PAIR
 from defects_small import SMALL
 from emulated import EmulatorError, Library
 
-DEFECTS = [*CONV, *HOPPER, *SMALL]
+DEFECTS = [*CONV, *HOPPER, *PAIR, *SMALL]
 SEEDS = (1, 2, 3)
 # The file to compile for a case; the other types of the convolution stay as they are.
-FILES = {"conv": "mma_conv_f16", "wgmma": "wgmma_conv_f16"}
+FILES = {"conv": "mma_conv_f16", "wgmma": "wgmma_conv_f16", "pair": "wgmma_pair_f16"}
 
 
 def source_file(defect: Defect) -> str:
@@ -73,6 +75,8 @@ def seed_defect(defect: Defect, folder: Path) -> Path:
             text = only(text, "mma_conv", CONV_CASES[defect.case][0])
         if path.name == "wgmma_conv.cuh" and defect.case in WGMMA_CASES:
             text = only(text, "wgmma_conv", WGMMA_CASES[defect.case][0])
+        if path.name == "wgmma_pair.cuh" and defect.case in PAIR_CASES:
+            text = only(text, "wgmma_pair", PAIR_CASES[defect.case][0])
         write(folder / path.relative_to(make.KERNELS), text)
     return folder / "cuda" / f"{source_file(defect)}.cu"
 

@@ -8,17 +8,18 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from harness.conv_plan import Conv
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = r"""
-#include "kernels/cuda/wgmma_plan.h"
+#include "kernels/cuda/wgmma_pair_plan.h"
 using namespace resnet_fused;
-// v as in conv_plan.py. r: fits tile splits valid grid threads shared items steps0 steps1 cycles.
-extern "C" void plan(const int64_t* v, int64_t* r) {
+static MmaConvParams params(const int64_t* v) {
   MmaConvParams p{};
   p.N = v[0], p.P = v[1], p.Q = v[2], p.K = v[3];
   p.dtype = static_cast<DType>(v[4]);
@@ -35,6 +36,11 @@ extern "C" void plan(const int64_t* v, int64_t* r) {
       s.stride[d] = at[7 + d], s.padding[d] = at[9 + d], s.dilation[d] = at[11 + d];
     }
   }
+  return p;
+}
+// v as in conv_plan.py. r: fits tile splits valid grid threads shared items steps0 steps1 cycles.
+extern "C" void plan(const int64_t* v, int64_t* r) {
+  MmaConvParams p = params(v);
   for (int i = 0; i < 11; ++i) r[i] = -1;
   const int sms = static_cast<int>(v[8]);
   r[0] = wgmma_conv_fits(p);
@@ -58,11 +64,40 @@ extern "C" int tile(int i, int size, int* r) {
   for (int j = 0; j < 10; ++j) r[j] = all[j];
   return kWgmmaTileCount;
 }
+extern "C" int pair_tile(int i, int* r) {
+  const WgmmaPairTile& t = kWgmmaPairTiles[i];
+  const int all[] = {t.rows, t.middle, t.columns, t.sources, t.places, t.sums(), t.stages(),
+                     t.stage_bytes(), t.shared_bytes()};
+  for (int j = 0; j < 9; ++j) r[j] = all[j];
+  return kWgmmaPairTileCount;
+}
+// Both convolutions as for plan, the second one's first x and the first one's out being null.
+// r: chosen fits tiles parts grid threads shared cycles layerwise.
+extern "C" void pair(const int64_t* v, const int64_t* w, int64_t tile, int64_t* r) {
+  const MmaConvParams first = params(v), last = params(w);
+  const int sms = static_cast<int>(v[8]);
+  for (int i = 0; i < 9; ++i) r[i] = -1;
+  r[0] = plan_wgmma_pair(first, last, sms, v[9] != 0);
+  const WgmmaPairParams p{first, last, static_cast<int>(tile < 0 ? r[0] : tile)};
+  r[1] = wgmma_pair_fits(p);
+  if (!r[1]) return;
+  const WgmmaPairTile& t = kWgmmaPairTiles[p.tile];
+  const LaunchShape shape = wgmma_pair_shape(last, t, sms, false);
+  r[2] = wgmma_pair_tiles(last, t), r[3] = wgmma_pair_parts(last, t);
+  if (output_rows(last) > 0 && !fits_every_gpu(shape)) return;
+  r[4] = shape.grid[0], r[5] = shape.threads, r[6] = shape.shared_bytes;
+  const PairTimes times = wgmma_pair_times(first, last, t, sms, v[9] != 0);
+  r[7] = times.together, r[8] = times.layerwise;
+}
 """
 PLAN_FIELDS = ("fits", "tile", "splits", "valid", "grid", "threads", "shared", "items")
 PLAN_FIELDS += ("steps0", "steps1", "cycles")
 TILE_FIELDS = ("rows", "columns", "sources", "together", "sums", "exists", "stages", "shared")
 TILE_FIELDS += ("panel", "outputs")
+PAIR_TILE_FIELDS = ("rows", "middle", "columns", "sources", "places", "sums", "stages")
+PAIR_TILE_FIELDS += ("stage", "shared")
+PAIR_FIELDS = ("chosen", "fits", "tiles", "parts", "grid", "threads", "shared", "together")
+PAIR_FIELDS += ("layerwise",)
 Plan = SimpleNamespace
 
 
@@ -90,17 +125,46 @@ def tiles(size: int = 2) -> list[SimpleNamespace]:
     return table
 
 
-def plan(
-    conv: Conv, sms: int = 132, invariant: bool = False, tile: int = -1, splits: int = 1
-) -> Plan:
-    """What is said of a convolution on so many multiprocessors; a tile of -1 is to be chosen."""
+@functools.cache
+def pair_tiles() -> list[SimpleNamespace]:
+    """kWgmmaPairTiles."""
+    values = (ctypes.c_int * len(PAIR_TILE_FIELDS))()
+    table = []
+    for i in range(library().pair_tile(0, values)):
+        library().pair_tile(i, values)
+        table.append(SimpleNamespace(**dict(zip(PAIR_TILE_FIELDS, values, strict=True))))
+    return table
+
+
+def _arguments(conv: Conv, sms: int, invariant: bool, tile: int, splits: int) -> ctypes.Array[Any]:
     values = [conv.N, *conv.size, conv.K, conv.dtype, len(conv.sources), conv.residual]
     values += [conv.out, sms, int(invariant), tile, splits]
     for s in conv.sources:
         values += [s.x, s.weight, s.H, s.W, s.C, s.R, s.S, *s.stride, *s.padding, *s.dilation]
-    values += [0] * (38 - len(values))
+    return (ctypes.c_int64 * 38)(*values, *[0] * (38 - len(values)))
+
+
+def pair(
+    first: Conv, last: Conv, sms: int = 132, invariant: bool = False, tile: int = -1
+) -> SimpleNamespace:
+    """What is said of two convolutions as one kernel, on a tile or on the one that is chosen.
+
+    ``chosen`` is -1 if two kernels are faster; times are in cycles.
+    """
+    first = replace(first, out=0)
+    last = replace(last, sources=(replace(last.sources[0], x=0), *last.sources[1:]))
+    result = (ctypes.c_int64 * len(PAIR_FIELDS))()
+    arguments = [_arguments(conv, sms, invariant, -1, 1) for conv in (first, last)]
+    library().pair(*arguments, ctypes.c_int64(tile), result)
+    return SimpleNamespace(**dict(zip(PAIR_FIELDS, result, strict=True)))
+
+
+def plan(
+    conv: Conv, sms: int = 132, invariant: bool = False, tile: int = -1, splits: int = 1
+) -> Plan:
+    """What is said of a convolution on so many multiprocessors; a tile of -1 is to be chosen."""
     result = (ctypes.c_int64 * len(PLAN_FIELDS))()
-    library().plan((ctypes.c_int64 * 38)(*values), result)
+    library().plan(_arguments(conv, sms, invariant, tile, splits), result)
     out = Plan(**dict(zip(PLAN_FIELDS, result, strict=True)))
     size = 4 if conv.dtype == 0 else 2
     out.shape = tiles(size)[out.tile] if out.fits and out.tile >= 0 else None

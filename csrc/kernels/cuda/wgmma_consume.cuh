@@ -27,31 +27,49 @@ struct ConsumerThread {
   }
 };
 
-// Waits for step after step and adds its products; a stage is given back one step later, when its
-// products are done. `last` is the one still to be given back, or -1.
-template <typename T, int kTile>
-__device__ __forceinline__ void multiply_steps(const WgmmaShared<T, kTile>& shared,
-                                               const ConsumerThread& self, int steps,
-                                               RingPlace<WgmmaShared<T, kTile>::kStages>& at,
-                                               int& last, WgmmaSums<kTile>& sums) {
-  constexpr WgmmaTile kShape = kWgmmaTiles[kTile];
-  const int first_row = kShape.together ? self.consumer * (kShape.rows / 2) : 0;
+// Sums begin here: registers that nothing defines before their first products would be taken for
+// used from the kernel's begin on, beside those of the other convolution.
+template <int kGroups, int kHalf>
+__device__ __forceinline__ void begin_sums(float (&sums)[kGroups][kHalf]) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) sums[g][i] = 0.0f;
+    ptx::wgmma_fence(sums[g]);
+  }
+}
+
+// Adds the products of a step: rows at `a`, in groups of 64, with columns at `b`, both places in
+// shared memory as descriptors. The first one overwrites unless `add`.
+template <typename T, int kGroups, int kHalf>
+__device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, bool add,
+                                              float (&sums)[kGroups][kHalf]) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int part = 0; part < kStepBytes; part += 32) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      // A descriptor counts in units of 16 bytes.
+      ptx::wgmma<T, 2 * kHalf>(sums[g], a + (g * 64 * kStepBytes + part) / 16, b + part / 16,
+                               add || part > 0);
+    }
+  }
+  ptx::wgmma_commit();
+}
+
+// Waits for step after step of a sum, from `begin` on, and adds its products; a stage is given back
+// one step later, when its products are done. `last` is the one still to be given back, or -1.
+template <typename T, typename Shared, int kGroups, int kHalf>
+__device__ __forceinline__ void multiply_steps(const Shared& shared, const ConsumerThread& self,
+                                               int first_row, int begin, int end,
+                                               RingPlace<Shared::kStages>& at, int& last,
+                                               float (&sums)[kGroups][kHalf]) {
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = begin; step < end; ++step) {
     ptx::barrier_wait(shared.full(at.stage), at.parity);
     const uint64_t a = ptx::wgmma_descriptor(shared.pixels(at.stage) + first_row * kStepBytes);
     const uint64_t b = ptx::wgmma_descriptor(shared.filters(at.stage));
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int part = 0; part < kStepBytes; part += 32) {
-#pragma unroll
-      for (int g = 0; g < kShape.groups(); ++g) {
-        // A descriptor counts in units of 16 bytes.
-        ptx::wgmma<T, kShape.columns>(sums[g], a + (g * 64 * kStepBytes + part) / 16, b + part / 16,
-                                      step > 0 || part > 0);
-      }
-    }
-    ptx::wgmma_commit();
+    multiply_step<T>(a, b, step > 0, sums);
     ptx::wgmma_wait<1>();
     if (last >= 0 && self.lane == 0) ptx::barrier_arrive(shared.empty(last));
     last = at.stage;
@@ -80,17 +98,15 @@ __device__ __forceinline__ void make_affine(const MmaConvParams& p, const Consum
   ptx::barrier_sync(1 + self.consumer, kWarpgroup);
 }
 
-// Outputs of this thread's sums, to the place where the residual is. A place is panels of rows of
-// kPanel bytes, of which the copy unit swizzles the 16-byte chunks: a warp's 8 rows are in
-// different banks.
-template <typename T, int kTile, int kSources>
+// Outputs of this thread's sums, to a place where the residual is, if any: from its row `first` on.
+// A place is panels of kRows rows of kPanel bytes, of which the copy unit swizzles the 16-byte
+// chunks: a warp's 8 rows are in different banks. `affine`: the first column's scale, and for each
+// source kTable scales, then as many shifts.
+template <typename T, int kRows, int kPanel, int kTable, int kSources, int kGroups, int kHalf>
 __device__ __forceinline__ void finish_sums(const Finish& finish, const ConsumerThread& self,
-                                            const float* affine, unsigned char* place,
-                                            const WgmmaSums<kTile> (&sums)[kSources]) {
-  using Shared = WgmmaShared<T, kTile>;
-  constexpr WgmmaTile kShape = kWgmmaTiles[kTile];
-  constexpr int kPanel = Shared::kPanel, kSize = sizeof(T), kColumns = kShape.columns;
-  const int first = (kShape.together ? self.consumer * (kShape.rows / 2) : 0) + self.row;
+                                            int first, const float* affine, unsigned char* place,
+                                            const float (&sums)[kSources][kGroups][kHalf]) {
+  constexpr int kSize = sizeof(T), kColumns = 2 * kHalf;
   const int swizzle = kPanel == 128 ? self.lane / 4 : self.lane / 8;
   const int in_row = self.column * kSize;
   unsigned char* row = place + first * kPanel;
@@ -99,15 +115,15 @@ __device__ __forceinline__ void finish_sums(const Finish& finish, const Consumer
     float2 scale[kSources], shift[kSources];
 #pragma unroll
     for (int source = 0; source < kSources; ++source) {
-      const float* at = affine + source * 2 * kColumns + j * 8 + self.column;
+      const float* at = affine + source * 2 * kTable + j * 8 + self.column;
       scale[source] = *reinterpret_cast<const float2*>(at);
-      shift[source] = *reinterpret_cast<const float2*>(at + kColumns);
+      shift[source] = *reinterpret_cast<const float2*>(at + kTable);
     }
     const int byte = j * 8 * kSize % kPanel + in_row;
-    unsigned char* outputs = row + j * 8 * kSize / kPanel * (kShape.rows * kPanel) +
-                             (byte / 16 ^ swizzle) * 16 + byte % 16;
+    unsigned char* outputs =
+        row + j * 8 * kSize / kPanel * (kRows * kPanel) + (byte / 16 ^ swizzle) * 16 + byte % 16;
 #pragma unroll
-    for (int g = 0; g < kShape.groups(); ++g) {
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         auto* at = reinterpret_cast<ColumnPair<T>*>(outputs + (g * 64 + half * 8) * kPanel);
@@ -161,6 +177,7 @@ __device__ __forceinline__ void consume(const WgmmaConvArgs& a,
   constexpr int kSources = kShape.sources;
   const ConsumerThread self;
   const int place = kShape.together ? 0 : self.consumer;
+  const int first_row = kShape.together ? self.consumer * (kShape.rows / 2) : 0;
   float* affine = shared.affine(self.consumer);
   const bool whole = kSources == 2 || a.conv.plan.splits == 1;
   RingPlace<WgmmaShared<T, kTile>::kStages> at;
@@ -186,9 +203,9 @@ __device__ __forceinline__ void consume(const WgmmaConvArgs& a,
     }
     WgmmaSums<kTile> sums[kSources];
     int last = -1;
-    multiply_steps<T, kTile>(shared, self, work.first_steps(), at, last, sums[0]);
+    multiply_steps<T>(shared, self, first_row, 0, work.first_steps(), at, last, sums[0]);
     if constexpr (kSources == 2) {
-      multiply_steps<T, kTile>(shared, self, a.source[1].steps, at, last, sums[1]);
+      multiply_steps<T>(shared, self, first_row, 0, a.source[1].steps, at, last, sums[1]);
     }
     if constexpr (!kShape.together) {
       __syncwarp();
@@ -203,8 +220,9 @@ __device__ __forceinline__ void consume(const WgmmaConvArgs& a,
 
     if (whole) {
       ptx::barrier_wait(shared.open(place), parity);
-      finish_sums<T, kTile>(Finish{a.conv.residual != nullptr, a.conv.relu}, self, affine,
-                            shared.outputs(place), sums);
+      finish_sums<T, kShape.rows, WgmmaShared<T, kTile>::kPanel, kShape.columns>(
+          Finish{a.conv.residual != nullptr, a.conv.relu}, self, first_row + self.row, affine,
+          shared.outputs(place), sums);
       ptx::fence_async_shared();
       __syncwarp();
       if (self.lane == 0) ptx::barrier_arrive(shared.done(place));

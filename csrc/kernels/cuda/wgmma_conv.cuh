@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   if (warp < kWarpgroup / 32) {
     ptx::registers_down<kProducerRegisters>();
     if (warp == 0 && lane == 0) load_operands<T, kTile>(a, shared);
-    if (warp == 1 && lane == 0 && a.conv.plan.splits == 1) move_outputs<T, kTile>(a, shared);
+    if (warp == 1 && lane == 0 && a.conv.plan.splits == 1) move_tiles<T, kTile>(a, shared);
   } else {
     ptx::registers_up<kConsumerRegisters>();
     consume<T, kTile>(a, shared);

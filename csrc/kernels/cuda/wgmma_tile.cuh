@@ -68,16 +68,29 @@ struct RingPlace {
   }
 };
 
-// Shared memory from a multiple of kSwizzleBytes on: the ring of stages (rows of pixels, rows of
-// filters), outputs, scales and shifts, barriers.
+// Shared memory from a multiple of kSwizzleBytes on.
+struct AlignedShared {
+  unsigned char* begin;
+  uint32_t address;  // of `begin`
+
+  __device__ __forceinline__ explicit AlignedShared(unsigned char* shared) {
+    const uint32_t at = ptx::shared_address(shared);
+    const uint32_t past = at % kSwizzleBytes;
+    begin = shared + (past == 0 ? 0 : kSwizzleBytes - past);
+    address = ptx::shared_address(begin);
+  }
+};
+
+// The ring of stages (rows of pixels, rows of filters), outputs, scales and shifts, barriers.
 template <typename T, int kTile>
-struct WgmmaShared {
+struct WgmmaShared : AlignedShared {
   static constexpr WgmmaTile kShape = kWgmmaTiles[kTile];
   static constexpr int kSize = sizeof(T);
   static constexpr int kStages = kShape.stages(kSize);
   static constexpr int kPlaces = kShape.places();
+  static constexpr int kPlaceBytes = kShape.place_bytes(kSize);
   static constexpr int kOutputs = kShape.ring_bytes(kSize);
-  static constexpr int kAffine = kOutputs + kPlaces * kShape.place_bytes(kSize);
+  static constexpr int kAffine = kOutputs + kPlaces * kPlaceBytes;
   static constexpr int kBarriers = kAffine + kShape.affine_bytes();
   static constexpr int kPanel = kShape.panel_bytes(kSize);
   static constexpr int kPanels = kShape.columns * kSize / kPanel;
@@ -87,15 +100,7 @@ struct WgmmaShared {
   static_assert(kShape.rows * kStepBytes % kSwizzleBytes == 0);
   static_assert(kShape.rows * kPanel % kSwizzleBytes == 0, "panels begin a pattern");
 
-  unsigned char* begin;
-  uint32_t address;  // of `begin`
-
-  __device__ __forceinline__ explicit WgmmaShared(unsigned char* shared) {
-    const uint32_t at = ptx::shared_address(shared);
-    const uint32_t past = at % kSwizzleBytes;
-    begin = shared + (past == 0 ? 0 : kSwizzleBytes - past);
-    address = ptx::shared_address(begin);
-  }
+  using AlignedShared::AlignedShared;
 
   __device__ __forceinline__ uint32_t pixels(int stage) const {
     return address + stage * kShape.stage_bytes();
@@ -104,10 +109,10 @@ struct WgmmaShared {
     return pixels(stage) + kShape.rows * kStepBytes;
   }
   __device__ __forceinline__ uint32_t panel(int place, int panel) const {
-    return address + kOutputs + place * kShape.place_bytes(kSize) + panel * kShape.rows * kPanel;
+    return address + kOutputs + place * kPlaceBytes + panel * kShape.rows * kPanel;
   }
   __device__ __forceinline__ unsigned char* outputs(int place) const {
-    return begin + kOutputs + place * kShape.place_bytes(kSize);
+    return begin + kOutputs + place * kPlaceBytes;
   }
   __device__ __forceinline__ float* affine(int consumer) const {
     return reinterpret_cast<float*>(begin + kAffine) +

@@ -11,6 +11,7 @@
 #include "../../../csrc/kernels/pool_linear.h"
 #include "../../../csrc/kernels/stem.h"
 #include "../../../csrc/kernels/wgmma_conv.h"
+#include "../../../csrc/kernels/wgmma_pair.h"
 #include "api.h"
 #include "tensor_map.h"
 #include "test_kernels.h"
@@ -27,6 +28,8 @@ RESNET_FUSED_MAYBE int launch_pool_linear_cuda(const PoolLinearParams& p, void* 
 RESNET_FUSED_MAYBE int launch_relu_max_pool_cuda(const ReluMaxPoolParams& p, void* stream);
 RESNET_FUSED_MAYBE int launch_stem_cuda(const StemParams& p, void* stream);
 RESNET_FUSED_MAYBE int launch_wgmma_conv(const MmaConvParams& p, int multiprocessors,
+                                         bool dependent, void* stream);
+RESNET_FUSED_MAYBE int launch_wgmma_pair(const WgmmaPairParams& p, int multiprocessors,
                                          bool dependent, void* stream);
 
 }  // namespace resnet_fused
@@ -234,19 +237,46 @@ int mma_conv(const py::kwargs& kwargs) {
   return run(launch_mma_conv, p);
 }
 
+// How a kernel for Hopper GPUs is launched, besides its params.
+struct HopperLaunch {
+  int multiprocessors;
+  bool dependent;
+};
+HopperLaunch hopper_launch(Fields& f) {
+  return {f.take("multiprocessors").cast<int>(),
+          f.take("dependent", py::bool_(false)).cast<bool>()};
+}
+
+template <typename Params>
+int run(int (*launch)(const Params&, int, bool, void*), const Params& p, const HopperLaunch& how) {
+  if (launch == nullptr) throw py::import_error("this library has no such kernel");
+  py::gil_scoped_release unlocked;
+  return launch(p, how.multiprocessors, how.dependent, nullptr);
+}
+
 int wgmma_conv(const py::kwargs& kwargs) {
   MmaConvParams p{};
-  int multiprocessors = 0;
-  bool dependent = false;
+  HopperLaunch how{};
   {
     Fields f(kwargs);
     p = conv_params(f);
-    multiprocessors = f.take("multiprocessors").cast<int>();
-    dependent = f.take("dependent", py::bool_(false)).cast<bool>();
+    how = hopper_launch(f);
   }
-  if (launch_wgmma_conv == nullptr) throw py::import_error("this library has no such kernel");
-  py::gil_scoped_release unlocked;
-  return launch_wgmma_conv(p, multiprocessors, dependent, nullptr);
+  return run(launch_wgmma_conv, p, how);
+}
+
+int wgmma_pair(const py::kwargs& kwargs) {
+  WgmmaPairParams p{};
+  HopperLaunch how{};
+  {
+    Fields f(kwargs);
+    Fields first(f.take("first")), last(f.take("last"));
+    p.first = conv_params(first);
+    p.last = conv_params(last);
+    p.tile = static_cast<int>(f.number("tile"));
+    how = hopper_launch(f);
+  }
+  return run(launch_wgmma_pair, p, how);
 }
 
 char* as_chars(unsigned char* p) { return reinterpret_cast<char*>(p); }
@@ -361,6 +391,7 @@ PYBIND11_MODULE(emulator_native, m) {
   m.def("stem", stem);
   m.def("test_kernel", test_kernel);
   m.def("wgmma_conv", wgmma_conv);
+  m.def("wgmma_pair", wgmma_pair);
   using py::literals::operator""_a;
   m.def("encode_tiled", encode_tiled, "type"_a, "address"_a, "dims"_a, "strides"_a, "box"_a,
         "steps"_a, "swizzle"_a, "interleave"_a, "l2_promotion"_a, "fill"_a, "misplaced"_a);
