@@ -12,6 +12,7 @@ plan that is forced.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,26 @@ def planned(dtype: torch.dtype, hopper: bool = False) -> Iterator[tuple[Plan, Ca
                 yield plan, Case("conv_bn_act", f"{kind}, plan {plan}", args, residual)
 
 
+def paired(dtype: torch.dtype) -> Iterator[Case]:
+    """Bottlenecks whose last two convolutions each kernel for two of them can run as one."""
+    draw = op_cases.Draw(dtype, "cpu", torch.channels_last, seed=0)
+    for mid, stride in itertools.product((64, 128), (1, 2)):
+        convs = draw.conv(72, mid, 1), draw.conv(mid, mid, 3, stride), draw.conv(mid, 72, 1)
+        projection = [draw.conv(72, 72, 1, stride)] if stride == 2 else []
+        args = (draw.image(3, 72, 11, 15), *convs, *projection)
+        yield Case("bottleneck", f"{mid} channels between, stride {stride}", args, {})
+
+
+@contextmanager
+def pairs(library: Any) -> Iterator[None]:
+    """Two convolutions run as one on a Hopper wherever a kernel can."""
+    library.resnet_fused_force_wgmma_pairs(1)
+    try:
+        yield
+    finally:
+        library.resnet_fused_force_wgmma_pairs(0)
+
+
 @contextmanager
 def forced(plan: Plan, library: Any, hopper: bool = False) -> Iterator[None]:
     """Every convolution on a GPU that can follow this plan does."""
@@ -114,6 +135,9 @@ def check_planned(dtype: torch.dtype, device: str, library: Any) -> Iterator[str
         for plan, case in planned(dtype, hopper):
             with forced(plan, library, hopper):
                 yield check(case, dtype, device)
+    if True in families and dtype != torch.float32:
+        with pairs(library):
+            yield from (check(case, dtype, device) for case in paired(dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

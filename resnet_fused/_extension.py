@@ -86,9 +86,13 @@ def cuda() -> bool:
     return _cuda
 
 
-def hopper() -> bool:
-    """True if the library's kernels for Hopper GPUs are switched on: RESNET_FUSED_HOPPER=1."""
-    return hasattr(_library, "resnet_fused_hopper") and bool(_library.resnet_fused_hopper())  # type: ignore[union-attr]
+def hopper() -> str:
+    """What of the library's kernels for Hopper GPUs is on, as RESNET_FUSED_HOPPER says: "1" for
+    those of single convolutions, "pairs" for those that run two as one as well, "" for none.
+    """
+    if not hasattr(_library, "resnet_fused_hopper"):
+        return ""
+    return ("", "1", "pairs")[_library.resnet_fused_hopper()]  # type: ignore[union-attr]
 
 
 def set_batch_invariant(on: bool) -> None:

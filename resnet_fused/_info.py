@@ -44,7 +44,7 @@ def info() -> dict[str, Any]:
         "nvcc": build.get("nvcc", ""),
         "cuda_archs": build.get("archs", ""),
         "torch_cuda": torch.version.cuda or "",
-        "hopper_kernels": _extension.hopper(),
+        "hopper_kernels": _extension.hopper() or "off",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "amx": _extension.amx(),
         "avx512": _extension.avx512(),

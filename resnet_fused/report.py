@@ -185,8 +185,12 @@ def _path(conv: nn.Module, claim: _Claim) -> dispatch.Path:
     if path.name != "cuda" or claim.pattern == "stem":  # whose kernel reads weights in any order
         return path
     notes = [path.reason] if path.reason else []
-    if _extension.hopper() and torch.cuda.get_device_capability(weight.device) == (9, 0):
-        notes.append("kernels for Hopper GPUs where they fit, as RESNET_FUSED_HOPPER=1 asks")
+    hopper = _extension.hopper()
+    if hopper and torch.cuda.get_device_capability(weight.device) == (9, 0):
+        pairs = ", two convolutions as one where that is faster" if hopper == "pairs" else ""
+        notes.append(
+            f"kernels for Hopper GPUs where they fit{pairs}, as RESNET_FUSED_HOPPER={hopper} asks"
+        )
     if not weight.is_contiguous(memory_format=torch.channels_last):
         notes.append(
             "weights are converted on each call; model.to(memory_format=torch.channels_last) "

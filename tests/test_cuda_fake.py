@@ -175,19 +175,22 @@ def test_report() -> None:
     assert rows["conv1"].path == "cuda"
 
 
-@pytest.mark.parametrize(("on", "capability"), [(True, (9, 0)), (True, (8, 0)), (False, (9, 0))])
+@pytest.mark.parametrize(
+    ("on", "capability"), [("1", (9, 0)), ("pairs", (9, 0)), ("1", (8, 0)), ("", (9, 0))]
+)
 def test_report_of_kernels_for_hopper(
-    on: bool, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    on: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Breaks if kernels that are asked for are not named, or named where they do not run."""
     net = model(Bottleneck)
     monkeypatch.setattr(_extension, "hopper", lambda: on)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rows = {r.name: r for r in resnet_fused.report(net)}
-    assert resnet_fused.info()["hopper_kernels"] is on
-    named = on and capability == (9, 0)
+    assert resnet_fused.info()["hopper_kernels"] == (on or "off")
+    named = on != "" and capability == (9, 0)
     for name in ("layer1.0.conv1", "layer1.0.conv2"):
-        assert ("RESNET_FUSED_HOPPER=1" in rows[name].reason) == named
+        assert (f"RESNET_FUSED_HOPPER={on} asks" in rows[name].reason) == named
+        assert ("two convolutions as one" in rows[name].reason) == (named and on == "pairs")
     assert "converted" in rows["layer1.0.conv2"].reason and rows["conv1"].reason == ""
 
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../kernels/cuda/wgmma_plan.h"
+#include "../kernels/cuda/wgmma_pair_plan.h"
 #include "../kernels/wgmma_conv.h"
 #include "layout.h"
 
@@ -16,11 +16,15 @@ namespace {
 std::atomic<MmaConvPlan> forced_plan{MmaConvPlan{-1, 1}};
 std::atomic<MmaConvPlan> forced_wgmma_plan{MmaConvPlan{-1, 1}};
 
-// Kernels for Hopper GPUs run only where somebody asks for them until a GPU has run them.
-std::atomic<bool>& hopper_wanted() {
-  static std::atomic<bool> wanted{[] {
+std::atomic<bool> forced_pairs{false};
+
+// Kernels for Hopper GPUs run only where somebody asks for them until a GPU has run them: those of
+// single convolutions (1), or those that run two as one as well (2).
+std::atomic<int>& hopper_wanted() {
+  static std::atomic<int> wanted{[] {
     const char* value = std::getenv("RESNET_FUSED_HOPPER");
-    return value != nullptr && std::strcmp(value, "1") == 0;
+    if (value == nullptr) return 0;
+    return std::strcmp(value, "pairs") == 0 ? 2 : std::strcmp(value, "1") == 0 ? 1 : 0;
   }()};
   return wanted;
 }
@@ -34,18 +38,30 @@ constexpr bool kDependentLaunches = false;
 MmaConvPlan hopper_plan(const CudaCall& call, MmaConvParams p) {
   p.plan = forced_wgmma_plan;
   const bool forced = wgmma_plan_fits(p);
-  if (!(forced || hopper_wanted()) || !call.hopper()) return {-1, 1};
+  if (!(forced || hopper_wanted() > 0) || !call.hopper()) return {-1, 1};
   return forced ? p.plan : plan_wgmma_conv(p, call.multiprocessors(), batch_invariant());
+}
+
+// The tile of the kernel that runs both as one; -1 where none is to.
+int pair_tile(const CudaCall& call, const MmaConvParams& first, const MmaConvParams& last) {
+  if (!(forced_pairs || hopper_wanted() > 1) || !call.hopper()) return -1;
+  return forced_pairs ? wgmma_pair_tile(first, last)
+                      : plan_wgmma_pair(first, last, call.multiprocessors(), batch_invariant());
 }
 
 int launch_on_hopper(const CudaCall& call, const MmaConvParams& p) {
   return launch_wgmma_conv(p, call.multiprocessors(), kDependentLaunches, call.stream());
 }
+int launch_on_hopper(const CudaCall& call, const WgmmaPairParams& p) {
+  return launch_wgmma_pair(p, call.multiprocessors(), kDependentLaunches, call.stream());
+}
 #else
 constexpr bool kHopperBuilt = false;
 
 MmaConvPlan hopper_plan(const CudaCall&, const MmaConvParams&) { return {-1, 1}; }
+int pair_tile(const CudaCall&, const MmaConvParams&, const MmaConvParams&) { return -1; }
 int launch_on_hopper(const CudaCall&, const MmaConvParams&) { return -1; }
+int launch_on_hopper(const CudaCall&, const WgmmaPairParams&) { return -1; }
 #endif
 
 // K values: where they are, if a kernel can read them there, else as a dense fp32 copy.
@@ -58,20 +74,19 @@ ChannelVector channel_vector(const Tensor& t, std::vector<Tensor>& copies) {
   return {copies.back().data(), DType::f32};
 }
 
-// A convolution and its input, as a kernel's source.
-ConvSource source(const CudaCall& call, const Conv& conv, const Tensor& x,
+// A convolution of an input of sizes `in`, as a kernel's source; x is still to be set.
+ConvSource source(const CudaCall& call, const Conv& conv, const Sizes& in, int32_t dtype,
                   std::vector<Tensor>& copies) {
   require(conv.groups == 1, call.op(), ": ", conv.name, "groups must be 1 on a GPU, got ",
           conv.groups, "; use the function resnet_fused.", call.op(),
           ", which computes grouped convolutions by plain PyTorch");
   const Tensor& w = conv.weight;
-  copies.push_back(laid_out(w, channels_last_strides(w.shape()), x.dtype()));
+  copies.push_back(laid_out(w, channels_last_strides(w.shape()), dtype));
   ConvSource s{};
-  s.x = x.data();
   s.weight = copies.back().data();
-  s.H = x.size(2);
-  s.W = x.size(3);
-  s.C = x.size(1);
+  s.H = in[2];
+  s.W = in[3];
+  s.C = in[1];
   s.R = w.size(2);
   s.S = w.size(3);
   for (int i = 0; i < 2; ++i) {
@@ -83,30 +98,50 @@ ConvSource source(const CudaCall& call, const Conv& conv, const Tensor& x,
   return s;
 }
 
-// act(conv(x) + project(start) + residual); project may be null, residual absent.
-Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, const Conv* project,
-                   const Tensor& start, const Tensor& residual, bool relu) {
-  const DType dtype = dtype_of(x);
-  const Sizes sizes = conv.out_sizes(x.shape());
-  std::vector<Tensor> copies;
+// A convolution with all that is known before it has an input, an output and a plan.
+struct Prepared {
   MmaConvParams p{};
-  p.source[0] = source(call, conv, x, copies);
+  Sizes in, out;
+  std::vector<Tensor> copies;
+};
+
+// act(conv(an input of sizes `in`) + project(start) + residual); project may be null, residual
+// absent. `like`: a tensor of the same dtype and device.
+Prepared prepare(const CudaCall& call, const Conv& conv, const Sizes& in, const Conv* project,
+                 const Tensor& start, const Tensor& residual, bool relu, const Tensor& like) {
+  Prepared c;
+  c.in = in;
+  c.out = conv.out_sizes(in);
+  MmaConvParams& p = c.p;
+  p.source[0] = source(call, conv, in, like.dtype(), c.copies);
   p.sources = 1;
   if (project != nullptr) {
-    p.source[1] = source(call, *project, start, copies);
+    p.source[1] = source(call, *project, start.shape(), like.dtype(), c.copies);
+    p.source[1].x = start.data();
     p.sources = 2;
   }
   p.residual = residual.defined() ? residual.data() : nullptr;
-  p.N = sizes[0];
-  p.P = sizes[2];
-  p.Q = sizes[3];
-  p.K = sizes[1];
-  p.dtype = dtype;
+  p.N = c.out[0];
+  p.P = c.out[2];
+  p.Q = c.out[3];
+  p.K = c.out[1];
+  p.dtype = dtype_of(like);
   p.relu = relu;
   require(mma_conv_fits(p), call.op(), ": no kernel counts as far as ", conv.name,
-          "weight of shape ", Shape{conv.weight}, " on an input of shape ", Shape{x},
+          "weight of shape ", Shape{conv.weight}, " on an input of shape ", in,
           " needs: sizes, strides, paddings and dilations must be from 1 (padding: 0) to 2^28");
-  Tensor out = empty_strided(sizes, channels_last_strides(sizes), x.dtype(), x);
+  return c;
+}
+
+Tensor empty_output(const Prepared& c, const Tensor& like) {
+  return empty_strided(c.out, channels_last_strides(c.out), like.dtype(), like);
+}
+
+// A prepared convolution of x.
+Tensor launch_conv(const CudaCall& call, Prepared c, const Tensor& x) {
+  MmaConvParams& p = c.p;
+  Tensor out = empty_output(c, x);
+  p.source[0].x = x.data();
   p.out = out.mutable_data();
   p.plan = hopper_plan(call, p);
   const bool on_hopper = p.plan.tile >= 0;
@@ -124,6 +159,17 @@ Tensor launch_conv(const CudaCall& call, const Conv& conv, const Tensor& x, cons
   return out;
 }
 
+// Two of them, the second on what the first makes of x: one kernel where that is faster.
+Tensor launch_two(const CudaCall& call, Prepared first, Prepared last, const Tensor& x) {
+  first.p.source[0].x = x.data();
+  const int tile = pair_tile(call, first.p, last.p);
+  if (tile < 0) return launch_conv(call, std::move(last), launch_conv(call, std::move(first), x));
+  Tensor out = empty_output(last, x);
+  last.p.out = out.mutable_data();
+  call.check(launch_on_hopper(call, WgmmaPairParams{first.p, last.p, tile}));
+  return out;
+}
+
 }  // namespace
 
 BatchNorm batch_norm(const Conv& conv, std::vector<Tensor>& copies) {
@@ -134,7 +180,8 @@ BatchNorm batch_norm(const Conv& conv, std::vector<Tensor>& copies) {
 
 Tensor run_conv_cuda(const CudaCall& call, const Conv& conv, const Tensor& x,
                      const Tensor& residual, bool relu) {
-  return launch_conv(call, conv, x, nullptr, Tensor(), residual, relu);
+  Prepared c = prepare(call, conv, x.shape(), nullptr, Tensor(), residual, relu, x);
+  return launch_conv(call, std::move(c), x);
 }
 
 // The projection is a second source of the last convolution, so its output is never written.
@@ -151,12 +198,19 @@ Tensor run_chain_cuda(const Chain& chain) {
   } else if (chain.add_x) {
     shortcut = x.share();
   }
+  const std::vector<Conv>& convs = chain.convs;
   Tensor h = x.share();
-  for (size_t i = 0; i + 1 < chain.convs.size(); ++i) {
-    h = run_conv_cuda(call, chain.convs[i], h, Tensor(), true);
-  }
+  for (size_t i = 0; i + 2 < convs.size(); ++i)
+    h = run_conv_cuda(call, convs[i], h, Tensor(), true);
   const Conv* project = chain.downsample.present() ? &chain.downsample : nullptr;
-  return launch_conv(call, chain.convs.back(), h, project, x, shortcut, chain.relu);
+  const auto last = [&](const Sizes& in) {
+    return prepare(call, convs.back(), in, project, x, shortcut, chain.relu, x);
+  };
+  if (convs.size() == 1) return launch_conv(call, last(h.shape()), h);
+  Prepared before =
+      prepare(call, convs[convs.size() - 2], h.shape(), nullptr, Tensor(), Tensor(), true, x);
+  Prepared end = last(before.out);
+  return launch_two(call, std::move(before), std::move(end), h);
 }
 
 }  // namespace resnet_fused
@@ -167,8 +221,9 @@ void resnet_fused_force_mma_plan(int tile, int splits) {
 void resnet_fused_force_wgmma_plan(int tile, int splits) {
   resnet_fused::forced_wgmma_plan = resnet_fused::MmaConvPlan{tile, splits};
 }
-void resnet_fused_set_hopper(int on) { resnet_fused::hopper_wanted() = on != 0; }
+void resnet_fused_force_wgmma_pairs(int on) { resnet_fused::forced_pairs = on != 0; }
+void resnet_fused_set_hopper(int level) { resnet_fused::hopper_wanted() = level; }
 int resnet_fused_hopper() {
-  return resnet_fused::kHopperBuilt && resnet_fused::hopper_wanted() ? 1 : 0;
+  return resnet_fused::kHopperBuilt ? resnet_fused::hopper_wanted().load() : 0;
 }
 #endif

@@ -26,10 +26,12 @@ extern "C" {
 // For tests: the plan of every convolution on a GPU that it can make; others get the automatic
 // plan, as all do once the tile is -1. Tiles and splits are those of kernels/cuda/conv_plan.h.
 __attribute__((visibility("default"))) void resnet_fused_force_mma_plan(int tile, int splits);
-// For tests: the same for the kernels of Hopper GPUs, with or without RESNET_FUSED_HOPPER=1.
+// For tests: the same for the kernels of Hopper GPUs, whatever RESNET_FUSED_HOPPER says; and two
+// convolutions as one wherever a kernel can.
 __attribute__((visibility("default"))) void resnet_fused_force_wgmma_plan(int tile, int splits);
-// What RESNET_FUSED_HOPPER=1 switches on when it is first read.
-__attribute__((visibility("default"))) void resnet_fused_set_hopper(int on);
-// 1 if the kernels of Hopper GPUs are there and switched on.
+__attribute__((visibility("default"))) void resnet_fused_force_wgmma_pairs(int on);
+// What RESNET_FUSED_HOPPER says when it is first read: 0, or 1 for "1", 2 for "pairs".
+__attribute__((visibility("default"))) void resnet_fused_set_hopper(int level);
+// That, or 0 if the kernels of Hopper GPUs are not there.
 __attribute__((visibility("default"))) int resnet_fused_hopper();
 }

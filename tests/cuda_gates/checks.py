@@ -93,9 +93,26 @@ def hopper_rows(plan: str) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def pair_rows(plan: str) -> tuple[Row, ...]:
+    """Rows of the kernels that run two convolutions as one: both products, by their columns."""
+    entries = re.search(r"kWgmmaPairTiles\[\] = \{(.*?)\n\};", plan, re.S)
+    sizes = re.findall(r"\{\d+, (\d+), (\d+), [^{}]*\}", entries[1]) if entries else []
+    why = "as the Hopper convolution"
+    return tuple(
+        Row(
+            rf"wgmma_pair_kernel<\w+, {i}>",
+            1,
+            why,
+            (rf"HGMMA\.64x{middle}x", rf"HGMMA\.64x{columns}x", *HOPPER),
+        )
+        for i, (middle, columns) in enumerate(sizes)
+    )
+
+
 HOPPER_PLAN = (ROOT / "csrc/kernels/cuda/wgmma_plan.h").read_text()
 TABLE = (
     *hopper_rows(HOPPER_PLAN),
+    *pair_rows((ROOT / "csrc/kernels/cuda/wgmma_pair_plan.h").read_text()),
     *conv_rows((ROOT / "csrc/kernels/cuda/conv_plan.h").read_text()),
     Row(
         r"split_sum_kernel<\w+, \w+>",

@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 @contextmanager
 def instead_of_cpu(
-    seed: int = 1, multiprocessors: int = 132, invariant: bool = False, hopper: bool = False
+    seed: int = 1, multiprocessors: int = 132, invariant: bool = False, hopper: int = 0
 ) -> Iterator[ctypes.CDLL]:
     """CPU tensors take the way of CUDA tensors, and end in the emulated ops.
 
@@ -80,13 +80,13 @@ def instead_of_cpu(
         seed: of the order in which threads run.
         multiprocessors: what the GPU is said to have.
         invariant: what ``set_batch_invariant`` sets.
-        hopper: whether the GPU is a Hopper and RESNET_FUSED_HOPPER is 1.
+        hopper: 1 if the GPU is a Hopper and RESNET_FUSED_HOPPER is 1, 2 if it is "pairs".
     """
     loaded = library()
     loaded.emulated_configure(seed, multiprocessors)
     loaded.resnet_fused_set_batch_invariant(int(invariant))
-    loaded.emulated_hopper(int(hopper))
-    loaded.resnet_fused_set_hopper(int(hopper))
+    loaded.emulated_hopper(int(hopper > 0))
+    loaded.resnet_fused_set_hopper(hopper)
     loaded.emulated_launches()
     with gpu.replaced(torch.ops.resnet_fused_emulated):
         yield loaded

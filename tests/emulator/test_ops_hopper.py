@@ -51,7 +51,7 @@ def test_networks_op_by_op(depth: int, dtype: torch.dtype, monkeypatch: pytest.M
             return y
 
         monkeypatch.setattr(ops, name, check)
-    with torch.inference_mode(), instead_of_cpu(hopper=True) as library:
+    with torch.inference_mode(), instead_of_cpu(hopper=1) as library:
         got = model(x)
         launched = kernels(launches(library))
     monkeypatch.undo()
@@ -70,7 +70,7 @@ def test_what_does_not_fit_goes_to_the_other_family() -> None:
         (s.image(1, 60, 6, 6), s.conv(60, 64, 3), "mma"),
         (s.image(1, 64, 20, 20), s.conv(64, 64, 3, stride=(9, 1)), "mma"),
     ):
-        with instead_of_cpu(hopper=True) as library:
+        with instead_of_cpu(hopper=1) as library:
             got = ops.conv_bn_act(x, conv)
             assert [f for f, _ in kernels(launches(library))] == [family]
         assert_within(got, TABLE["conv_bn_act"].exact(torch.float16, "tensor cores", x, conv))
@@ -88,15 +88,15 @@ def test_only_where_it_is_asked_for_and_on_a_hopper() -> None:
             ops.conv_bn_act(*args)
             assert [f for f, _ in kernels(launches(library))] == [family]
             library.emulated_hopper(0)
-            with gpu_sanitize.forced((9, 1), library, hopper=True):  # on another GPU
+            with gpu_sanitize.forced((9, 1), library, hopper=1):  # on another GPU
                 ops.conv_bn_act(*args)
             assert [f for f, _ in kernels(launches(library))] == ["mma"]
             library.resnet_fused_set_hopper(0)
 
 
-@pytest.mark.parametrize(("value", "on"), [("1", 1), ("0", 0), ("yes", 0)])
+@pytest.mark.parametrize(("value", "on"), [("1", 1), ("pairs", 2), ("0", 0), ("yes", 0)])
 def test_the_environment_switches_them_on(value: str, on: int) -> None:
-    """Breaks if RESNET_FUSED_HOPPER=1 is not read, or another value is taken for it."""
+    """Breaks if RESNET_FUSED_HOPPER is not read, or another value is taken for one of its own."""
     emulated_ops.library()
     program = "import ctypes, sys, torch; print(ctypes.CDLL(sys.argv[1]).resnet_fused_hopper())"
     built = emulator_build.folder() / "ops" / "emulated_ops.so"
@@ -115,7 +115,7 @@ def test_forced_plans_reach_every_kernel(dtype: torch.dtype) -> None:
     calls that compute-sanitizer and the tests on a GPU force.
     """
     seen = set()
-    for (tile, splits), case in gpu_sanitize.planned(dtype, hopper=True):
+    for (tile, splits), case in gpu_sanitize.planned(dtype, hopper=1):
         with instead_of_cpu() as library, gpu_sanitize.forced((tile, splits), library, True):
             library.emulated_hopper(1)
             y = case.run()
@@ -139,11 +139,11 @@ def test_any_number_of_multiprocessors(multiprocessors: int) -> None:
     convs = s.conv(1024, 256), s.conv(256, 256, 3, stride=(2, 2)), s.conv(256, 256)
     args = (s.image(3, 1024, 4, 4), *convs, s.conv(1024, 256, stride=(2, 2)))
     want = TABLE["bottleneck"].exact(torch.bfloat16, "tensor cores", *args)
-    with instead_of_cpu(multiprocessors=multiprocessors, hopper=True) as library:
+    with instead_of_cpu(multiprocessors=multiprocessors, hopper=1) as library:
         assert_within(ops.bottleneck(*args), want)
         split = [x for x in launches(library) if x.kernel.startswith("split_sum_kernel")]
         assert bool(split) == (multiprocessors > 1)
-    with instead_of_cpu(multiprocessors=multiprocessors, invariant=True, hopper=True):
+    with instead_of_cpu(multiprocessors=multiprocessors, invariant=True, hopper=1):
         together = ops.bottleneck(*args)
         alone = [ops.bottleneck(x, *args[1:]) for x in args[0].split(1)]
     assert torch.equal(together, torch.cat(alone))

@@ -108,17 +108,22 @@ constexpr int64_t wgmma_pair_parts(const MmaConvParams& last, const WgmmaPairTil
   return ceil_div(last.K, tile.columns);
 }
 
-// Bytes that a convolution moves besides its filters, each tensor once; null tensors are not moved.
-constexpr int64_t moved_bytes(const MmaConvParams& p) {
-  int64_t elements = 0;
-  for (int i = 0; i < p.sources; ++i) {
-    const ConvSource& s = p.source[i];
-    if (s.x != nullptr) elements += p.N * s.H * s.W * s.C;
-  }
-  const int64_t outputs = output_rows(p) * p.K;
-  if (p.residual != nullptr) elements += outputs;
-  if (p.out != nullptr) elements += outputs;
-  return elements * item_size(p.dtype);
+constexpr int64_t image_bytes(const MmaConvParams& p, int source) {
+  const ConvSource& s = p.source[source];
+  return p.N * s.H * s.W * s.C * kPairSize;
+}
+
+// What is moved besides filters, each tensor once: into the first convolution; between the two, and
+// back again; beside and out of the second one.
+struct PairBytes {
+  int64_t begin, middle, end;
+  constexpr int64_t all() const { return begin + middle + end; }
+};
+constexpr PairBytes pair_bytes(const MmaConvParams& first, const MmaConvParams& last) {
+  const int64_t outputs = output_rows(last) * last.K * kPairSize;
+  return {image_bytes(first, 0), output_rows(first) * first.K * kPairSize,
+          (last.residual != nullptr ? 2 : 1) * outputs +
+              (last.sources == 2 ? image_bytes(last, 1) : 0)};
 }
 
 // Cycles that memory takes for so many bytes: 14 a cycle for each multiprocessor of an H100, or as
@@ -131,7 +136,7 @@ constexpr int64_t memory_cycles(int64_t bytes, int64_t all_bytes, int sms) {
 // The time of both in one kernel in cycles of one multiprocessor, as wgmma_plan_cycles; memory is
 // counted too, which is what one kernel saves.
 constexpr int64_t wgmma_pair_cycles(const MmaConvParams& first, const MmaConvParams& last,
-                                    const WgmmaPairTile& tile, int64_t all_bytes, int sms) {
+                                    const WgmmaPairTile& tile, int sms) {
   constexpr int64_t kEndLatency = 1500;
   const int64_t begin =
       all_steps(first) * WgmmaTile{tile.rows, tile.middle, 1, false}.step_cycles();
@@ -149,7 +154,8 @@ constexpr int64_t wgmma_pair_cycles(const MmaConvParams& first, const MmaConvPar
   const int64_t both = most(begin + parts * part, parts * (part + end));
   const int64_t tiles = ceil_div(wgmma_pair_tiles(last, tile), sms);
   const int64_t cycles = begin + (tiles - 1) * both + parts * (part + end);
-  return most(cycles, memory_cycles(moved_bytes(first) + moved_bytes(last), all_bytes, sms));
+  const PairBytes bytes = pair_bytes(first, last);
+  return most(cycles, memory_cycles(bytes.begin + bytes.end, bytes.all(), sms));
 }
 
 // Both ways' times; -1 for two kernels where one of them would split a sum, which changes its bits.
@@ -161,25 +167,31 @@ inline PairTimes wgmma_pair_times(MmaConvParams first, MmaConvParams last,
   constexpr int64_t kLaunchCycles = 4000;  // of a second kernel, about 2 microseconds
   first.plan = plan_wgmma_conv(first, sms, invariant);
   last.plan = plan_wgmma_conv(last, sms, invariant);
-  const int64_t middle = output_rows(first) * first.K * kPairSize;
-  const int64_t begin = moved_bytes(first), end = moved_bytes(last), all = begin + end + middle;
-  const int64_t one_by_one =
-      most(wgmma_plan_cycles(first, sms), memory_cycles(begin + middle, all, sms)) +
-      most(wgmma_plan_cycles(last, sms), memory_cycles(middle + end, all, sms)) + kLaunchCycles;
+  const PairBytes bytes = pair_bytes(first, last);
+  const int64_t one_by_one = most(wgmma_plan_cycles(first, sms),
+                                  memory_cycles(bytes.begin + bytes.middle, bytes.all(), sms)) +
+                             most(wgmma_plan_cycles(last, sms),
+                                  memory_cycles(bytes.middle + bytes.end, bytes.all(), sms)) +
+                             kLaunchCycles;
   const bool split = first.plan.splits > 1 || last.plan.splits > 1;
-  return {wgmma_pair_cycles(first, last, tile, all, sms), split ? -1 : one_by_one};
+  return {wgmma_pair_cycles(first, last, tile, sms), split ? -1 : one_by_one};
 }
 
-// The tile if one kernel is faster than two by a tenth, by that model; else -1.
-inline int plan_wgmma_pair(const MmaConvParams& first, const MmaConvParams& last, int sms,
-                           bool invariant) {
+// The tile that both fit, or -1.
+inline int wgmma_pair_tile(const MmaConvParams& first, const MmaConvParams& last) {
   for (int t = 0; t < kWgmmaPairTileCount; ++t) {
-    const WgmmaPairTile& tile = kWgmmaPairTiles[t];
-    if (output_rows(last) == 0 || !wgmma_pair_tile_fits(first, last, tile)) continue;
-    const PairTimes times = wgmma_pair_times(first, last, tile, sms, invariant);
-    if (times.together * 10 < times.layerwise * 9) return t;
+    if (wgmma_pair_tile_fits(first, last, kWgmmaPairTiles[t])) return t;
   }
   return -1;
+}
+
+// That, if one kernel is faster than two by a tenth, by that model; else -1.
+inline int plan_wgmma_pair(const MmaConvParams& first, const MmaConvParams& last, int sms,
+                           bool invariant) {
+  const int tile = wgmma_pair_tile(first, last);
+  if (tile < 0 || output_rows(last) == 0) return -1;
+  const PairTimes times = wgmma_pair_times(first, last, kWgmmaPairTiles[tile], sms, invariant);
+  return times.together * 10 < times.layerwise * 9 ? tile : -1;
 }
 
 // A block for each multiprocessor, if there is as much to do.
