@@ -33,7 +33,7 @@ NARROW = (4, 7)
 # In one part or in three, so that of two sources one is split itself.
 PLANS = (*((tile, n) for tile in ONE_SOURCE for n in (1, 3)), *((tile, 1) for tile in TWO_SOURCES))
 # Those of wgmma_plan.h. Their parts have a step each at least, of which 1x1 convolutions have two.
-HOPPER_ONE, HOPPER_TWO = range(12), range(12, 16)
+HOPPER_ONE, HOPPER_TWO = (*range(12), *range(16, 19)), range(12, 16)
 HOPPER_PLANS = (*((t, n) for t in HOPPER_ONE for n in (1, 2)), *((t, 1) for t in HOPPER_TWO))
 Plan = tuple[int, int]
 

@@ -9,8 +9,18 @@ from dataclasses import replace
 
 import pytest
 
-from harness.conv_plan import BF16, F16, F32, SMS, Conv, Source, layers, random_source
-from harness.wgmma_plan import plan, tiles
+from harness.conv_plan import (
+    BF16,
+    F16,
+    F32,
+    SMS,
+    Conv,
+    Source,
+    basic_layers,
+    layers,
+    random_source,
+)
+from harness.wgmma_plan import cycles_with_narrow_tiles, plan, tiles
 
 SHARED = 227 * 1024  # of a block on compute capability 9.0
 ONE = Source(14, 14, 64)
@@ -128,6 +138,41 @@ def test_coordinates_have_32_bits() -> None:
     assert not plan(Conv((row,), 2048, 8)).fits
     # As many parts of the work as can be counted: 16 splits of tiles of 64 x 32.
     assert not plan(Conv((row,), 2047, 256)).fits
+
+
+def zoo(n: int, dtype: int) -> list[Conv]:
+    """Every convolution of every ResNet, wide and ResNeXt, that is not grouped."""
+    out = [*basic_layers(n, dtype), *layers(n, dtype), *layers(n, dtype, width=128)]
+    for width in (128, 256):  # ResNeXt 32x4d, and 32x8d or 64x4d
+        out += layers(n, dtype, width=width, grouped=True)
+    return list(dict.fromkeys(out))
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_which_widths_a_network_wants(dtype: int) -> None:
+    """Breaks if a tile of 160 or 224 columns that is not built would make some layer of some batch
+    faster by more than 2 %; or if those that are built would be missed by nobody.
+
+    Such tiles have a place where the last round of a narrower one would be mostly empty. 64 rows of
+    them would read more filters than they multiply pixels.
+    """
+    chosen = set()
+    for n in range(1, 257):
+        for conv in zoo(n, dtype):
+            p = plan(conv)
+            assert p.cycles <= 1.02 * cycles_with_narrow_tiles(conv), (n, conv)
+            chosen.add((p.shape.rows, p.shape.columns))
+    assert chosen >= {(128, 160), (128, 224)} if dtype == F16 else chosen >= {(128, 160)}
+
+
+def test_float32_has_tiles_of_128_columns() -> None:
+    """Breaks if float32, whose outputs take twice the room, falls back to tiles that read more: no
+    tile of two consumers in turns is left to it.
+    """
+    wide = [t for t in tiles(4) if t.exists and t.columns >= 128 and t.sources == 1]
+    assert {(t.rows, t.columns, t.together) for t in wide} >= {(128, 128, 1), (128, 160, 1)}
+    for conv in basic_layers(256, F32):
+        assert plan(conv).shape.rows * plan(conv).shape.columns >= 128 * min(conv.K, 96)
 
 
 def test_layers_with_64_filters_waste_nothing() -> None:

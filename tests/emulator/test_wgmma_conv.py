@@ -242,7 +242,7 @@ def test_plans_that_cannot_be_are_refused(library: Any) -> None:
     wide = make(TAIL, torch.float32, 1)
     steep = make(Shape("", 1, 19, 19, 8, 8, **square(3, 9)), torch.float16, 1)
     refused = ((one, 12, 1), (two, 0, 1), (narrow, 9, 1), (two, 13, 2), (wide, 0, 1), (steep, 9, 1))
-    few = ((one, -1, 1), (one, 16, 1), (one, 0, 0), (one, 0, 17), (one, 9, 3))
+    few = ((one, -1, 1), (one, 19, 1), (one, 0, 0), (one, 0, 17), (one, 9, 3))
     for problem, tile, splits in (*refused, *few):
         with pytest.raises(emulated.EmulatorError, match="returned error"):
             run(library, problem, tile, splits)

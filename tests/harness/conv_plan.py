@@ -172,24 +172,49 @@ def plan(
     return out
 
 
-def layers(n: int, dtype: int = F16, size: int = 224) -> list[Conv]:
-    """The convolutions of ResNet-50 behind the stem, projections as second sources too."""
+def layers(
+    n: int, dtype: int = F16, size: int = 224, width: int = 64, grouped: bool = False
+) -> list[Conv]:
+    """The convolutions of ResNet-50 behind the stem, projections as second sources too.
+
+    ``width``: of the first stage's inner tensors, 128 in wide networks. ``grouped``: without the
+    3x3 convolutions, as in ResNeXt, where they are.
+    """
     out = []
-    inner, side = 64, size // 4
-    planes = 64
+    inner, side = width, size // 4
+    planes, wide = 64, 256
     for stage in range(4):
         stride = (1, 1) if stage == 0 else (2, 2)
         small = side if stage == 0 else side // 2
-        wide = 4 * inner
         mid = Source(small, small, inner)
         out.append(Conv((Source(side, side, planes),), n, inner, dtype))
         three = Source(side, side, inner, 3, 3, stride, (1, 1))
-        out.append(Conv((three,), n, inner, dtype))
+        if not grouped:
+            out.append(Conv((three,), n, inner, dtype))
         out.append(Conv((mid, Source(side, side, planes, stride=stride)), n, wide, dtype))
         out.append(Conv((Source(small, small, wide),), n, inner, dtype))
-        out.append(Conv((replace(three, H=small, W=small, stride=(1, 1)),), n, inner, dtype))
+        if not grouped:
+            out.append(Conv((replace(three, H=small, W=small, stride=(1, 1)),), n, inner, dtype))
         out.append(Conv((mid,), n, wide, dtype, residual=4 << 20))
-        planes, inner, side = wide, 2 * inner, small
+        planes, inner, side, wide = wide, 2 * inner, small, 2 * wide
+    return out
+
+
+def basic_layers(n: int, dtype: int = F16) -> list[Conv]:
+    """Those of ResNet-18 and -34."""
+    out = []
+    planes, inner, side = 64, 64, 56
+    for stage in range(4):
+        stride = (1, 1) if stage == 0 else (2, 2)
+        small = side if stage == 0 else side // 2
+        three = Source(small, small, inner, 3, 3, padding=(1, 1))
+        first = Source(side, side, planes, 3, 3, stride, (1, 1))
+        out.append(Conv((first,), n, inner, dtype))
+        if stage > 0:
+            out.append(Conv((three, Source(side, side, planes, stride=stride)), n, inner, dtype))
+        out.append(Conv((three,), n, inner, dtype))
+        out.append(Conv((three,), n, inner, dtype, residual=4 << 20))
+        planes, inner, side = inner, 2 * inner, small
     return out
 
 

@@ -54,7 +54,18 @@ extern "C" void plan(const int64_t* v, int64_t* r) {
   r[7] = wgmma_items(p, kWgmmaTiles[p.plan.tile]);
   r[8] = source_steps(p.source[0], p.dtype);
   r[9] = p.sources == 2 ? source_steps(p.source[1], p.dtype) : 0;
-  r[10] = wgmma_plan_cycles(p, sms);
+  r[10] = wgmma_plan_cycles(p, kWgmmaTiles[p.plan.tile], sms);
+}
+// The cycles of the fastest plan if there were tiles of 64 rows and 160 or 224 columns as well.
+extern "C" int64_t with_narrow_tiles(const int64_t* v) {
+  MmaConvParams p = params(v);
+  const int sms = static_cast<int>(v[8]);
+  WgmmaTile tiles[kWgmmaTileCount + 2] = {};
+  for (int i = 0; i < kWgmmaTileCount; ++i) tiles[i] = kWgmmaTiles[i];
+  tiles[kWgmmaTileCount] = {64, 160, 1, false};
+  tiles[kWgmmaTileCount + 1] = {64, 224, 1, false};
+  p.plan = plan_wgmma_conv(p, sms, v[9] != 0, tiles, kWgmmaTileCount + 2);
+  return wgmma_plan_cycles(p, tiles[p.plan.tile], sms);
 }
 extern "C" int tile(int i, int size, int* r) {
   const WgmmaTile& t = kWgmmaTiles[i];
@@ -106,12 +117,14 @@ def library() -> ctypes.CDLL:
     """The functions, compiled once per session."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None, "the package was built with a C++ compiler; it must still be there"
-    flags = ["-std=c++17", "-shared", "-fPIC", "-ftrapv", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ftrapv", f"-I{ROOT / 'csrc'}"]
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "plan.cpp"), Path(folder, "plan.so")
         source.write_text(SOURCE)
         subprocess.run([compiler, *flags, str(source), "-o", str(built)], check=True)
-        return ctypes.CDLL(str(built))
+        loaded = ctypes.CDLL(str(built))
+    loaded.with_narrow_tiles.restype = ctypes.c_int64
+    return loaded
 
 
 @functools.cache
@@ -157,6 +170,12 @@ def pair(
     arguments = [_arguments(conv, sms, invariant, -1, 1) for conv in (first, last)]
     library().pair(*arguments, ctypes.c_int64(tile), result)
     return SimpleNamespace(**dict(zip(PAIR_FIELDS, result, strict=True)))
+
+
+def cycles_with_narrow_tiles(conv: Conv, sms: int = 132) -> int:
+    """The time of the fastest plan if there were 64 x 160 and 64 x 224 tiles, too."""
+    cycles: int = library().with_narrow_tiles(_arguments(conv, sms, False, -1, 1))
+    return cycles
 
 
 def plan(

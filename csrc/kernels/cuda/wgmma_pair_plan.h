@@ -168,9 +168,9 @@ inline PairTimes wgmma_pair_times(MmaConvParams first, MmaConvParams last,
   first.plan = plan_wgmma_conv(first, sms, invariant);
   last.plan = plan_wgmma_conv(last, sms, invariant);
   const PairBytes bytes = pair_bytes(first, last);
-  const int64_t one_by_one = most(wgmma_plan_cycles(first, sms),
+  const int64_t one_by_one = most(wgmma_plan_cycles(first, kWgmmaTiles[first.plan.tile], sms),
                                   memory_cycles(bytes.begin + bytes.middle, bytes.all(), sms)) +
-                             most(wgmma_plan_cycles(last, sms),
+                             most(wgmma_plan_cycles(last, kWgmmaTiles[last.plan.tile], sms),
                                   memory_cycles(bytes.middle + bytes.end, bytes.all(), sms)) +
                              kLaunchCycles;
   const bool split = first.plan.splits > 1 || last.plan.splits > 1;

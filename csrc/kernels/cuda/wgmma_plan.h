@@ -93,6 +93,9 @@ constexpr WgmmaTile kWgmmaTiles[] = {
     {128, 64, 2, false},   // 13
     {64, 128, 2, false},   // 14
     {64, 64, 2, false},    // 15
+    {128, 128, 1, true},   // 16: float32, whose outputs leave no room for turns
+    {128, 160, 1, true},   // 17: where the last round would be mostly empty
+    {128, 224, 1, true},   // 18
 };
 constexpr int kWgmmaTileCount = sizeof(kWgmmaTiles) / sizeof(kWgmmaTiles[0]);
 
@@ -151,12 +154,12 @@ constexpr int64_t wgmma_items(const MmaConvParams& p, const WgmmaTile& tile) {
   return ceil_div(output_rows(p), tile.rows) * ceil_div(p.K, tile.columns) * p.plan.splits;
 }
 
-// The time of a plan in cycles of one multiprocessor: that of the block with the most tiles. What
-// ends a tile takes shared memory (the residual comes, is read; outputs are written, and go) and
-// some latency; where consumers take turns, only what is longer than the products is seen of it.
-constexpr int64_t wgmma_plan_cycles(const MmaConvParams& p, int sms) {
+// The time of p on a tile, in p.plan.splits, in cycles of one multiprocessor: that of the block
+// with the most tiles. What ends a tile takes shared memory (the residual comes, is read; outputs
+// are written, and go) and some latency; where consumers take turns, only what is longer than the
+// products is seen of it.
+constexpr int64_t wgmma_plan_cycles(const MmaConvParams& p, const WgmmaTile& tile, int sms) {
   constexpr int64_t kEndLatency = 1500, kSplitSumCycles = 4000, kCacheBytes = 23;
-  const WgmmaTile& tile = kWgmmaTiles[p.plan.tile];
   const int64_t size = item_size(p.dtype), splits = p.plan.splits;
   const int64_t rounds = ceil_div(wgmma_items(p, tile), sms);
   const int64_t products = ceil_div(all_steps(p), splits) * tile.step_cycles();
@@ -192,15 +195,18 @@ inline bool wgmma_plan_fits(const MmaConvParams& p) {
          wgmma_tile_fits(p, kWgmmaTiles[p.plan.tile], p.plan.splits);
 }
 
-// The fastest plan by that model; splits as in plan_mma_conv. A tile of -1 if p does not fit.
-inline MmaConvPlan plan_wgmma_conv(MmaConvParams p, int sms, bool invariant) {
+// The fastest plan by that model, of those with these tiles; splits as in plan_mma_conv. A tile of
+// -1 if p does not fit.
+inline MmaConvPlan plan_wgmma_conv(MmaConvParams p, int sms, bool invariant,
+                                   const WgmmaTile* tiles = kWgmmaTiles,
+                                   int count = kWgmmaTileCount) {
   constexpr int64_t kFewestSteps = 4;
   MmaConvPlan whole{-1, 1}, split{-1, 1};
   if (!wgmma_conv_fits(p)) return whole;
   int64_t whole_cycles = -1, split_cycles = -1;
   const int64_t steps = all_steps(p);
-  for (int t = 0; t < kWgmmaTileCount; ++t) {
-    const WgmmaTile& tile = kWgmmaTiles[t];
+  for (int t = 0; t < count; ++t) {
+    const WgmmaTile& tile = tiles[t];
     p.plan = {t, 1};
     int64_t most_splits = 1;
     if (!invariant && wgmma_items(p, tile) < sms) {
@@ -213,7 +219,7 @@ inline MmaConvPlan plan_wgmma_conv(MmaConvParams p, int sms, bool invariant) {
       if (best_cycles >= 0 && ceil_div(steps, splits) * tile.step_cycles() >= best_cycles) continue;
       if (!wgmma_tile_fits(p, tile, splits) || !wgmma_splits_fit(p, splits)) continue;
       p.plan.splits = splits;
-      const int64_t cycles = wgmma_plan_cycles(p, sms);
+      const int64_t cycles = wgmma_plan_cycles(p, tile, sms);
       if (best_cycles < 0 || cycles < best_cycles) {
         best = p.plan;
         best_cycles = cycles;
