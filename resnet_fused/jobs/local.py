@@ -63,7 +63,7 @@ def run(
         rank: number of this process.
         world: how many there are.
         max_errors: failed images to accept in this run and process; None accepts all.
-        show: called after every batch and kept part.
+        show: called after every batch and every part.
 
     Raises:
         TooManyErrors, ValueError, OSError: see ``Job.do``; parts that are complete stay.
@@ -85,6 +85,7 @@ def run(
         )
         progress.made += 1
         progress.slowest = max(progress.slowest, time.monotonic() - start)
+        show(progress)
     return progress
 
 

@@ -39,7 +39,7 @@ class Header:
         batch_size: images per batch.
         root: the folder that relative names start from.
         images: how many there are; an error in a source counts as one.
-        sha256: of everything above but ``batch_size``, and of the images' names.
+        sha256: of ``fingerprint``, ``unit`` and the images' names; marks the parts.
         format: version of these files.
     """
 
@@ -75,9 +75,7 @@ def write(folder: Path, header: Header, found: Iterable[Found]) -> Header:
     Raises:
         FileExistsError: there is a manifest.
     """
-    digest = hashlib.sha256(
-        json.dumps([header.fingerprint, header.unit, header.root, FORMAT]).encode()
-    )
+    digest = hashlib.sha256(json.dumps([header.fingerprint, header.unit, FORMAT]).encode())
     images = 0
     with (
         files.appearing(folder / NAME, replace=False) as file,
