@@ -166,7 +166,6 @@ def _download(repo: str, file: str, revision: str | None, progress: bool = False
                 repo,
                 file,
                 revision=revision,
-                library_name="resnet_fused",
                 tqdm_class=None if progress else Quiet,
             )
         )
