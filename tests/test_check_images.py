@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_images(squares: Squares) -> None:
 
     def images() -> Iterator[Labelled]:
         nonlocal taken
-        for i in range(60):
+        for i in range(32):
             taken += 1
             yield Labelled(Found(paths[i % IMAGES]))
 
@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_the_images(squares: Squares) -> None:
     tally = agreement.run(
         images(), model, batch_size=4, progress=lambda tally: ahead.append(taken - tally.images)
     )
-    assert tally.images == 60 and len(ahead) == 15
+    assert tally.images == 32 and len(ahead) == 8
     assert max(ahead) <= 2 * 4 + model.threads
 
 
