@@ -136,8 +136,9 @@ def _path(part: Part, paths: Mapping[str, str], found: Subject) -> str:
     if part.call is None:
         return "eager"
     of_convs = dict.fromkeys(paths[name] for name in part.call.convs if name in paths)
-    op = dispatch.path_on(found.x[0].device, found.dtype, part.call.op)
-    return "+".join(of_convs) or op.name
+    if of_convs and found.dtype == found.x[0].dtype:
+        return "+".join(of_convs)
+    return dispatch.path_on(found.x[0].device, found.dtype, part.call.op).name  # or under autocast
 
 
 def _ratio(eager: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> Ratio | None:

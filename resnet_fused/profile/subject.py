@@ -53,6 +53,12 @@ class Subject:
         return torch.get_autocast_dtype(x.device.type) if autocast_on(x) else x.dtype
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """What `graphed` or `torch.compile` was given: only its operations can be told apart."""
+    inner = getattr(ungraphed(model), "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else ungraphed(model)
+
+
 def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model fused, and the original in plain PyTorch; both share the parameters of `model`.
 
@@ -62,7 +68,7 @@ def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    model = ungraphed(model)
+    model = bare(model)
     if model.training:
         raise ValueError("model must be in eval mode, in which it runs fused; call model.eval()")
     if any(isinstance(m, Fused) for m in model.modules()):
@@ -99,7 +105,7 @@ def subject(model: nn.Module, x: Any) -> Subject:
     """
     given = arguments(x)
     fused, eager = pair(model)
-    name = original(ungraphed(model)).__name__
+    name = original(bare(model)).__name__
     with torch.inference_mode():
         try:
             before = record(sharing(eager), lambda net: net(*given))
