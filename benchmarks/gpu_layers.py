@@ -3,8 +3,11 @@
 
 `cudnn` is convolution, BatchNorm, addition and ReLU as separate calls; `cudnn fused` is torch's
 cudnn_convolution_relu or cudnn_convolution_add_relu with the BatchNorm folded beforehand. Both get
-channels_last tensors. Every contender is recorded as one CUDA graph that goes through so many sets
-of inputs and parameters that none is in the L2 cache when its turn comes again.
+channels_last tensors. On a Hopper GPU, `hopper` is our kernel for that GPU,
+and `pairs`, of the blocks that have one, runs their last two convolutions as one; whether these
+become the default is read off here, layer by layer. Every contender is recorded as one CUDA graph
+that goes through so many sets of inputs and parameters that none is in the L2 cache when its turn
+comes again.
 `--device cpu --quick` tries the script without a GPU.
 """
 
@@ -14,6 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +32,13 @@ from gpu_roofline import Block, Ceilings, Conv, Unit
 from gpu_subjects import DTYPES
 from torch import Tensor
 
-from resnet_fused import ops
+from resnet_fused import _extension, ops
 from resnet_fused.bench import machine
 from resnet_fused.bench.contenders import first_line
 from resnet_fused.ops import ConvBN
 
 OURS, CUDNN, CUDNN_FUSED = "resnet_fused", "cudnn", "cudnn fused"
+HOPPER, PAIRS = "hopper", "pairs"
 Call = Callable[[], Tensor]
 
 
@@ -87,6 +92,40 @@ class Draw:
         )
 
 
+@contextmanager
+def on_hopper(library: Any, pairs: bool) -> Iterator[None]:
+    """Convolutions on the kernels for Hopper GPUs, two of them as one wherever that can be."""
+    before = library.resnet_fused_hopper()
+    library.resnet_fused_set_hopper(1)
+    library.resnet_fused_force_wgmma_pairs(int(pairs))
+    try:
+        yield
+    finally:
+        library.resnet_fused_force_wgmma_pairs(0)
+        library.resnet_fused_set_hopper(before)
+
+
+def hopper_calls(call: Call, x: Tensor, between: int = 0) -> dict[str, Call]:
+    """Our call on a Hopper GPU's kernels; nothing on another.
+
+    ``between``: channels of the tensor between a block's last two convolutions, if any.
+    """
+    library: Any = _extension._library
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return {}
+    if not hasattr(library, "resnet_fused_set_hopper"):
+        return {}
+    ways = [(HOPPER, False)]
+    if between in (64, 128) and x.dtype != torch.float32:
+        ways.append((PAIRS, True))
+
+    def run(pairs: bool) -> Tensor:
+        with on_hopper(library, pairs):
+            return call()
+
+    return {name: partial(run, pairs) for name, pairs in ways}
+
+
 def separate(x: Tensor, conv: ConvBN, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """A layer as eager PyTorch runs it."""
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -114,8 +153,13 @@ def conv_calls(draw: Draw, c: Conv, n: int, relu: bool) -> dict[str, Call]:
     """Contenders for one convolution with all that follows it."""
     x, conv = draw.image(n, c.c, c.size), draw.conv(c)
     residual = draw.image(n, c.k, c.out) if c.residual else None
+
+    def ours() -> Tensor:
+        return ops.conv_bn_act(x, conv, residual=residual, relu=relu)
+
     calls = {
-        OURS: lambda: ops.conv_bn_act(x, conv, residual=residual, relu=relu),
+        OURS: ours,
+        **hopper_calls(ours, x),
         CUDNN: lambda: separate(x, conv, residual, relu),
     }
     if relu and x.is_cuda:
@@ -146,7 +190,11 @@ def block_calls(draw: Draw, block: Block, n: int) -> dict[str, Call]:
 
     assert last.residual
     conv1, conv2, conv3 = convs
-    return {OURS: lambda: ops.bottleneck(x, conv1, conv2, conv3, side), CUDNN: plain}
+
+    def ours() -> Tensor:
+        return ops.bottleneck(x, conv1, conv2, conv3, side)
+
+    return {OURS: ours, **hopper_calls(ours, x, between=last.c), CUDNN: plain}
 
 
 def stem_calls(draw: Draw, c: Conv, n: int) -> dict[str, Call]:

@@ -322,6 +322,45 @@ def test_layer_contenders_compute_the_same(residual: bool) -> None:
     assert ours.shape == (2, 24, 5, 5) and ours.min() == 0
 
 
+class Note:
+    """A library and a tensor on a Hopper GPU that take notes."""
+
+    is_cuda, device, dtype = True, "cuda:0", torch.float16
+
+    def __init__(self) -> None:
+        self.level, self.pairs = 0, 0
+
+    def resnet_fused_hopper(self) -> int:
+        return self.level
+
+    def resnet_fused_set_hopper(self, level: int) -> None:
+        self.level = level
+
+    def resnet_fused_force_wgmma_pairs(self, on: int) -> None:
+        self.pairs = on
+
+
+def test_kernels_for_hopper_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of stage 1 or 2 that is not timed both ways, or a switch that stays where a row left
+    it, so that the next one times another kernel.
+    """
+    note: Any = Note()
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gpu_layers._extension, "_library", note)
+
+    def call() -> Any:
+        return note.level, note.pairs
+
+    for between, names in ((64, ["hopper", "pairs"]), (128, ["hopper", "pairs"]), (0, ["hopper"])):
+        calls = gpu_layers.hopper_calls(call, note, between)
+        assert list(calls) == names
+        assert [calls[name]() for name in names] == [(1, 0), (1, 1)][: len(names)]
+        assert call() == (0, 0)
+    capability = (8, 0)
+    assert gpu_layers.hopper_calls(call, note, 64) == {}
+
+
 def test_folding_keeps_the_function() -> None:
     """cuDNN's fused call timed on other numbers than the rest."""
     draw = gpu_layers.Draw(torch.float32, "cpu")

@@ -88,7 +88,7 @@ def pair(
         image = both.first.images[0].clone()
         image[0, 0, -1, -1] = NAN
         both = replace(both, first=replace(both.first, images=(image,)))
-        got = pair_cases.run(library, both, seed=seed, multiprocessors=blocks, dependent=dependent)
+        got = pair_cases.run(library, both, tile, seed, multiprocessors=blocks, dependent=dependent)
         compare(library, got, pair_cases.exact_integers(both))
 
     return case

@@ -123,6 +123,14 @@ CONV = [
         "conv_split",
     ),
     Defect(
+        "the kernel that adds partial sums may begin early",
+        "conv_plan.h",
+        "return {{blocks, 1, 1}, kSplitSumThreads, 2 * 2 * kSplitSumColumns * 4};",
+        "return {{blocks, 1, 1}, kSplitSumThreads, 2 * 2 * kSplitSumColumns * 4, false, true};",
+        "conv_split",
+        "grid-wait",
+    ),
+    Defect(
         "partial sums added from the last to the first",
         "mma_conv.cuh",
         "p.workspace + (split + i) * step + at",

@@ -50,10 +50,18 @@ HOPPER = [
     Defect(
         "does not wait for the kernel before",
         "wgmma_conv.cuh",
-        "  if (a.dependent) ptx::grid_wait();\n",
+        "    ptx::grid_wait();\n",
         "",
         "wgmma_dependent",
         "grid-wait",
+    ),
+    Defect(
+        "copies what the kernel before stored without a fence",
+        "wgmma_conv.cuh",
+        "    ptx::fence_async_global();\n",
+        "",
+        "wgmma_dependent",
+        "proxy",
     ),
     # ------------------------------------------------------------------------ the producer
     Defect(

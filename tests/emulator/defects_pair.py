@@ -145,7 +145,7 @@ PAIR = [
     Defect(
         "does not wait for the kernel before (two convolutions)",
         "wgmma_pair.cuh",
-        "  if (a.dependent) ptx::grid_wait();\n",
+        "    ptx::grid_wait();\n",
         "",
         "pair_dependent",
         "grid-wait",

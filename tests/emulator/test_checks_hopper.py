@@ -47,6 +47,7 @@ BROKEN = [
     ("stored_twice", "double-write"),
     ("grid_not_waited_for", "grid-wait"),
     ("grid_waited_for_by_another", "grid-wait"),
+    ("grid_waited_for_without_a_fence", "proxy"),
     ("not_for_hopper", "instruction"),
     ("no_wgmma_fence", "wgmma-fence"),
     ("no_wgmma_fence_behind_a_sum", "wgmma-fence"),
@@ -75,7 +76,7 @@ BROKEN = [
     ("another_barrier", "race|uninitialised"),
     ("half_a_warp_elects", "divergent-collective|deadlock"),
 ]
-DEPENDENT = ("grid_not_waited_for", "grid_waited_for_by_another")
+DEPENDENT = ("grid_not_waited_for", "grid_waited_for_by_another", "grid_waited_for_without_a_fence")
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,12 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for stores to global memory that this thread has seen, those of a kernel before that it
+// has waited for among them: they come before the copies of tensors that follow.
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Copies of a box of a tensor to shared memory, and back. Elements outside of the tensor become
 // zero, but count as copied; a store leaves them out. The map has 128-byte swizzle, and `shared` is
 // on a multiple of 1024: 16-byte chunk j of the 128-byte row r is at row r, chunk j ^ (r % 8).

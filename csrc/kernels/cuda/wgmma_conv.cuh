@@ -15,8 +15,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   const WgmmaShared<T, kTile> shared(memory);
   if (threadIdx.x == 0) shared.make_barriers();
   __syncthreads();
-  // Weights and BatchNorm may be results of the kernel before, too.
-  if (a.dependent) ptx::grid_wait();
+  // Weights and BatchNorm may be results of the kernel before, too, which may have stored them
+  // itself.
+  if (a.dependent) {
+    ptx::grid_wait();
+    ptx::fence_async_global();
+  }
 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   if (warp < kWarpgroup / 32) {

@@ -22,6 +22,7 @@ inline void barrier_wait(uint32_t bar, uint32_t parity) {
 }
 inline void barrier_sync(int id, int threads) { emulator::barrier_sync(id, threads); }
 inline void fence_async_shared() { emulator::fence_async_shared(); }
+inline void fence_async_global() { emulator::fence_async_global(); }
 
 inline void tensor_map_prefetch(const TensorMap* map) { emulator::tensor_prefetch(map); }
 inline void tensor_load_2d(uint32_t shared, const TensorMap* map, int c, int row, uint32_t bar) {

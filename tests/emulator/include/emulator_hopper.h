@@ -16,6 +16,7 @@ void barrier_arrive(uint32_t at, uint32_t bytes);
 bool barrier_try_wait(uint32_t at, uint32_t parity);
 void barrier_sync(int id, int threads);
 void fence_async_shared();
+void fence_async_global();
 
 // `map` has 128 bytes. A place is given by coordinates, the innermost dimension first; offsets of
 // width and height are for maps of pixel columns alone.

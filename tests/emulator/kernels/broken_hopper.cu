@@ -229,14 +229,27 @@ KERNEL(stored_twice) {
 // ----------------------------------------------------------------------------------------- grids
 KERNEL(grid_not_waited_for) {
   s.begin();
-  if (RIGHT && T == 0) ptx::grid_wait();
-  if (T == 0) s.load(a, 0);
+  if (T == 0) {
+    if (RIGHT) ptx::grid_wait();
+    ptx::fence_async_global();
+    s.load(a, 0);
+  }
   ptx::barrier_wait(s.bar(0), 0);
 }
 KERNEL(grid_waited_for_by_another) {
   if (T == 0) ptx::grid_wait();
   if (RIGHT) __syncthreads();
   static_cast<float*>(a.p[0])[T] = 0;
+}
+KERNEL(grid_waited_for_without_a_fence) {
+  s.begin();
+  if (T == 0) {
+    if (!RIGHT) ptx::fence_async_global();
+    ptx::grid_wait();
+    if (RIGHT) ptx::fence_async_global();
+    s.load(a, 0);
+  }
+  ptx::barrier_wait(s.bar(0), 0);
 }
 KERNEL(not_for_hopper) {
   if (!RIGHT) ptx::barrier_sync(1, 256);

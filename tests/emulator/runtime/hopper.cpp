@@ -21,7 +21,7 @@ void Hopper::reset(int threads) {
   objects_.clear();
   for (NamedBarrier& n : named_) n = {};
   loads_.clear();
-  first_waiter_ = -1;
+  waited_ = fenced_ = {};
   if (!block_.launch().hopper) return;
   threads_.assign(threads, {});
   groups_.clear();
@@ -251,19 +251,45 @@ bool Hopper::elect() {
 }
 
 // ---------------------------------------------------------------------------- grids and the end
+void Hopper::note(FirstTime& first) const {
+  if (first.thread >= 0 || !block_.clocks().fine()) return;
+  first.thread = block_.self().thread;
+  first.tick = block_.clocks().clock(first.thread);
+}
+
+bool Hopper::comes_behind(const FirstTime& first) const {
+  return first.thread >= 0 &&
+         block_.clocks().ordered(first.thread, first.tick, block_.self().thread);
+}
+
 void Hopper::grid_wait() {
   begin("grid_wait");
   me().grid_waited = true;
-  if (first_waiter_ >= 0 || !block_.clocks().fine()) return;
-  first_waiter_ = block_.self().thread;
-  first_tick_ = block_.clocks().clock(first_waiter_);
+  note(waited_);
+}
+
+// Before the wait there is nothing that it could order.
+void Hopper::fence_global() {
+  begin("fence_async_global");
+  if (!me().grid_waited && !comes_behind(waited_)) return;
+  me().grid_fenced = true;
+  note(fenced_);
 }
 
 void Hopper::check_grid_wait() {
-  const int thread = block_.self().thread;
-  if (!instrumented() || me().grid_waited) return;
-  if (first_waiter_ >= 0 && block_.clocks().ordered(first_waiter_, first_tick_, thread)) return;
+  if (!instrumented()) return;
+  // A kernel for all GPUs has no way to wait.
+  if (block_.launch().hopper && (me().grid_waited || comes_behind(waited_))) return;
   block_.fail("grid-wait", "global memory, before grid_wait, in a launch that may begin early");
+}
+
+// Nobody tells how the kernel before has written what a copy moves.
+void Hopper::check_grid_fence() {
+  check_grid_wait();
+  if (!instrumented() || me().grid_fenced || comes_behind(fenced_)) return;
+  block_.fail("proxy",
+              "a copy in a launch that may begin early, without fence_async_global behind "
+              "grid_wait");
 }
 
 void Hopper::thread_ends() {

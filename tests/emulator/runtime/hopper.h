@@ -92,7 +92,13 @@ struct ThreadState {
   int store_agent = -1;
   uint32_t store_groups = 0;
   std::vector<TensorStore> stores;
-  bool grid_waited = false;
+  bool grid_waited = false, grid_fenced = false;
+};
+
+// Where a thread was the first of its block to do something.
+struct FirstTime {
+  int thread = -1;
+  uint32_t tick = 0;
 };
 
 class Hopper {
@@ -123,8 +129,10 @@ class Hopper {
   void wgmma_take(float* d, int count);
 
   void grid_wait();
-  // An access to global memory, or to a thread's own.
+  void fence_global();
+  // An access to global memory, by a copy of a tensor, or to a thread's own.
   void check_grid_wait();
+  void check_grid_fence();
   void check_stack(const void* p, size_t bytes, bool write);
 
   // Lands something that is under way; false if there is nothing.
@@ -141,6 +149,8 @@ class Hopper {
  private:
   void begin(const char* instruction);
   ThreadState& me();
+  void note(FirstTime& first) const;
+  bool comes_behind(const FirstTime& first) const;
   int new_agent(std::string name);
   std::string byte(uint32_t shared) const;
   size_t object_at(uint32_t at, const char* what);
@@ -174,8 +184,7 @@ class Hopper {
   std::vector<int> register_waiters_;
   std::vector<std::string> waits_;  // by thread
   std::vector<int> chosen_;         // by warp: elect's lane
-  int first_waiter_ = -1;           // for the grid before, and its tick
-  uint32_t first_tick_ = 0;
+  FirstTime waited_, fenced_;       // for the grid before, for what it stored
 };
 
 }  // namespace emulator

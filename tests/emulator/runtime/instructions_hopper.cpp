@@ -15,6 +15,7 @@ void barrier_arrive(uint32_t at, uint32_t bytes) { HOPPER.barrier_arrive(at, byt
 bool barrier_try_wait(uint32_t at, uint32_t parity) { return HOPPER.barrier_try_wait(at, parity); }
 void barrier_sync(int id, int threads) { HOPPER.barrier_sync(id, threads); }
 void fence_async_shared() { HOPPER.fence(Clocks::kAsync); }
+void fence_async_global() { HOPPER.fence_global(); }
 
 void tensor_prefetch(const void* map) { HOPPER.tensor_prefetch(map); }
 void tensor_load(uint32_t shared, const void* map, int rank, const int* place,

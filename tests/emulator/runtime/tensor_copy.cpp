@@ -151,7 +151,7 @@ void Hopper::tensor_load(uint32_t shared, const void* map, int rank, const int* 
   if (clocks.fine()) {
     block_.check_agent(shared, load.bytes, true, Stamp::of(o.agent, o.phase), clocks.row(thread));
   }
-  if (block_.launch().dependent) check_grid_wait();
+  if (block_.launch().dependent) check_grid_fence();
   for (size_t r = 0; r < rows; ++r) {
     const BoxRow row = row_of(m, load.place, load.offsets, r);
     if (row.last <= row.first) continue;
@@ -236,7 +236,7 @@ void Hopper::tensor_store(const void* map, uint32_t shared, int rank, const int*
     block_.fail("out-of-bounds", "a copy of " + std::to_string(rows * pitch) + " bytes from " +
                                      byte(shared) + " of " + std::to_string(block_.shared_bytes()));
   }
-  if (block_.launch().dependent) check_grid_wait();
+  if (block_.launch().dependent) check_grid_fence();
   // What lies outside of the tensor is not copied, and need not have been written.
   for (size_t r = 0; r < rows; ++r) {
     const BoxRow row = row_of(m, store.place, nullptr, r);
