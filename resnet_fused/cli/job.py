@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
     def threads(self, asked: int | None) -> int | None:
         """This process's share of the cores; torchrun's own default is one, also for decoding."""
-        if asked is not None or self.world == 1:
+        if asked is not None or self.local_world == 1:
             return asked
         cores = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
         return max(1, len(cores) // self.local_world)
@@ -54,7 +54,7 @@ def place() -> Place:
     if not 0 <= rank < world:
         raise ValueError(f"RANK must be from 0 to WORLD_SIZE - 1 ({world - 1}), got {rank}")
     local = _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else None
-    return Place(rank, world, local, max(1, _number("LOCAL_WORLD_SIZE", world)))
+    return Place(rank, world, local, max(1, _number("LOCAL_WORLD_SIZE", 1)))
 
 
 def folder_of(args: argparse.Namespace, where: Place) -> str | None:
