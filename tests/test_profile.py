@@ -212,6 +212,7 @@ def test_a_profile_adds_up() -> None:
         (Net(), torch.ones(1, 3, 8, 8), ValueError, "model must be in eval mode"),
         (Net().eval(), [1], TypeError, "x must be a tensor or a tuple of tensors, .* got list"),
         (Net().eval(), (), TypeError, r"got \(\)"),
+        (Net().eval(), torch.ones(0, 3, 8, 8), ValueError, r"got shape \(0, 3, 8, 8\)"),
         (Net().eval(), torch.ones(1, 5, 8, 8), ValueError, "x must be an input that Net takes"),
         (nn.Identity().eval(), torch.ones(1), ValueError, "Identity runs no torch operation"),
     ],

@@ -81,6 +81,7 @@ def arguments(x: Any) -> tuple[Tensor, ...]:
 
     Raises:
         TypeError: it is no tensor or tuple of tensors.
+        ValueError: one is empty.
     """
     given = x if isinstance(x, tuple) else (x,)
     if not given or not all(isinstance(a, Tensor) for a in given):
@@ -89,6 +90,9 @@ def arguments(x: Any) -> tuple[Tensor, ...]:
             "x must be a tensor or a tuple of tensors, the model's positional arguments, got "
             + (f"({kinds})" if isinstance(x, tuple) else kinds)
         )
+    empty = next((a for a in given if not a.numel()), None)
+    if empty is not None:
+        raise ValueError(f"x must hold something to compute on, got shape {tuple(empty.shape)}")
     return given
 
 
