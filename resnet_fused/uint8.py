@@ -40,13 +40,13 @@ def to_floats(module: nn.Module, norm: InputNorm | None, x: Any) -> Any:
 def with_floats(
     module: nn.Module, norm: InputNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with ``to_floats`` of the first, given by position or by name."""
+    """The arguments of a call with ``to_floats`` of the first, or of the first tensor by name."""
     if args:
         return (to_floats(module, norm, args[0]), *args[1:]), kwargs
-    return args, {
-        name: to_floats(module, norm, value) if i == 0 else value
-        for i, (name, value) in enumerate(kwargs.items())
-    }
+    images = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+    if images is None:
+        return args, kwargs
+    return args, {**kwargs, images: to_floats(module, norm, kwargs[images])}
 
 
 def takes_bytes(module: nn.Module) -> bool:

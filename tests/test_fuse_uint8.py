@@ -133,6 +133,23 @@ def _leaves(y: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
+def test_images_by_name_behind_an_option() -> None:
+    """Breaks if only the first of the named arguments is looked at, or an option is changed."""
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make()
+
+        def forward(self, pixels: Tensor, scale: Any = 1) -> dict[str, Tensor]:
+            return {"logits": scale * self.net(pixels)}
+
+    for model in (told(Output().eval()), fuse(told(Output().eval()))):
+        want = model(scale=2, pixels=floats())["logits"]
+        assert torch.equal(model(scale=2, pixels=X)["logits"], want)
+
+
+@torch.no_grad()
 def test_without_a_norm() -> None:
     """Breaks if bytes are computed with as if they were normalised, or the error helps nobody; or
     a model that takes bytes by itself is disturbed.

@@ -334,13 +334,14 @@ def test_refused_norms(mean: Any, std: Any, message: str) -> None:
         InputNorm(mean, std)
 
 
-CONV = ConvBN(torch.ones(8, 3, 3, 3))
+CONV, ERRORS = ConvBN(torch.ones(8, 3, 3, 3)), (ValueError, TypeError, RuntimeError)
 
 
 @pytest.mark.parametrize(
     ("x", "conv", "norm", "message"),
     [
         (X, CONV, None, "x is uint8, and nothing says how to normalise it: .*set_input_norm"),
+        (X, CONV, ((0.5,) * 3, (0.5,) * 3), "norm must be an InputNorm, got tuple"),
         (X.char(), CONV, NORM, "x must have conv.weight's dtype torch.float32, got torch.int8"),
         (X[:, :2], CONV, NORM, "x must have|norm must have shape"),
         (X, CONV, norm_of(2), r"norm must have shape \[2, 3\]|x must have 2 channels"),
@@ -353,7 +354,7 @@ CONV = ConvBN(torch.ones(8, 3, 3, 3))
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_refused_calls(x: Tensor, conv: ConvBN, norm: Any, message: str, backend: str) -> None:
     """Breaks if a call that means nothing gives a result, or an error that does not say why."""
-    with resnet_fused.backend(backend), pytest.raises((ValueError, RuntimeError), match=message):
+    with resnet_fused.backend(backend), pytest.raises(ERRORS, match=message):
         resnet_fused.stem(x, conv, norm)
 
 

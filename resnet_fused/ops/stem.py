@@ -36,7 +36,7 @@ def stem(x: Tensor, conv: ConvBN, norm: InputNorm | None = None) -> Tensor:
         or the weight's if that is uint8 (the autocast dtype under autocast), channels_last.
 
     Raises:
-        ValueError, RuntimeError: an argument breaks a rule above; the message names it.
+        ValueError, TypeError, RuntimeError: an argument breaks a rule above; the message names it.
     """
     if x.dtype is torch.uint8:
         return _of_bytes(x, conv, norm)
@@ -55,6 +55,8 @@ def stem(x: Tensor, conv: ConvBN, norm: InputNorm | None = None) -> Tensor:
 def _of_bytes(x: Tensor, conv: ConvBN, norm: InputNorm | None) -> Tensor:
     if norm is None:
         raise ValueError(UNTOLD)
+    if not isinstance(norm, InputNorm):
+        raise TypeError(f"norm must be an InputNorm, got {type(norm).__name__}")
     w = conv.weight
     path = dispatch.path_on(x.device, w.dtype, "stem", conv.groups).name
     converts = w.dtype != cb.autocast_dtype(x, w.dtype) or dispatch.only_torch_ops()
