@@ -101,7 +101,7 @@ ConvSource source(const CudaCall& call, const Conv& conv, const Sizes& in, int32
 // A convolution with all that is known before it has an input, an output and a plan.
 struct Prepared {
   MmaConvParams p{};
-  Sizes in, out;
+  Sizes out;
   std::vector<Tensor> copies;
 };
 
@@ -110,7 +110,6 @@ struct Prepared {
 Prepared prepare(const CudaCall& call, const Conv& conv, const Sizes& in, const Conv* project,
                  const Tensor& start, const Tensor& residual, bool relu, const Tensor& like) {
   Prepared c;
-  c.in = in;
   c.out = conv.out_sizes(in);
   MmaConvParams& p = c.p;
   p.source[0] = source(call, conv, in, like.dtype(), c.copies);
