@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.models.weights import resolve
 from resnet_fused.predict import fingerprint
 from resnet_fused.predict.decode import torchvision_decoder
@@ -21,6 +22,7 @@ from resnet_fused.predict.loading import Loaded, load, load_array, load_bytes
 from resnet_fused.predict.preprocess import Preprocessing, normalise, preprocessing_of
 from resnet_fused.predict.sources import Found
 from resnet_fused.predict.writer import Prediction
+from resnet_fused.uint8 import NAME, set_input_norm
 
 MODELS = [name for name in models.__all__ if name.islower() and "resne" in name]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,6 +95,8 @@ class Predictor:
             self.name = fingerprint.name_of(model)
             self.model = model.eval()
         self.prep = preprocessing_of(weights) if preprocessing is None else preprocessing
+        if isinstance(model, str):  # its stem reads the bytes; a caller's module stays as it is
+            set_input_norm(self.model, self.prep.mean, self.prep.std)
         self.classes = self._count_classes()
         self.top = min(top, self.classes)
         self.labels: list[str] | None
@@ -239,17 +243,23 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, pixels: Sequence[Tensor]) -> tuple[list[list[float]], list[list[int]]]:
         """Softmax probabilities and class indices, best first, of at least one image."""
-        batch = torch.stack(tuple(pixels)).to(self.device)
-        logits = self.model(normalise(batch, self.prep, self.dtype))
+        logits = self._logits(torch.stack(tuple(pixels)).to(self.device))
         best = logits.float().softmax(1).topk(self.top, dim=1)
         return best.values.tolist(), best.indices.tolist()
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        """The model's output for uint8 pixels [N, crop, crop, 3]."""
+        norm = self.model.__dict__.get(NAME)
+        if norm is not None and norm == InputNorm(self.prep.mean, self.prep.std):
+            return self.model(pixels.permute(0, 3, 1, 2))
+        return self.model(normalise(pixels, self.prep, self.dtype))
 
     @torch.inference_mode()
     def _count_classes(self) -> int:
         """Ask the model, which also shows early that it can be run at all."""
         side = self.prep.crop
         black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)
-        logits = self.model(normalise(black, self.prep, self.dtype))
+        logits = self._logits(black)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits of shape [N, classes], got {got} for N = 1")
