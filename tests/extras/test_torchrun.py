@@ -39,7 +39,7 @@ def test_torchrun(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "resnet_fused", "predict", *options, f"{tmp_path}/two/"]
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=HERE
+        [sys.executable, *command], capture_output=True, text=True, timeout=600, cwd=HERE
     )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
