@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from resnet_fused import _extension
 
 BACKENDS = ("auto", "reference")
+HOPPER = ("0", "1", "pairs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels take
 _forced = "auto"
 
@@ -38,6 +39,13 @@ def from_environment(value: str | None) -> str:
     return value
 
 
+def check_hopper(value: str | None) -> None:
+    """Refuse a ``RESNET_FUSED_HOPPER`` that the library would take for none of its values."""
+    if (value or "0") not in HOPPER:
+        raise ValueError(f"RESNET_FUSED_HOPPER must be one of {HOPPER}, got {value!r}")
+
+
+check_hopper(os.environ.get("RESNET_FUSED_HOPPER"))
 _forced = from_environment(os.environ.get("RESNET_FUSED_BACKEND"))
 
 

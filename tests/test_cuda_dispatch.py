@@ -202,6 +202,14 @@ def test_batch_invariance_from_the_environment(value: str, expected: str) -> Non
     assert expected in done.stdout + done.stderr
 
 
+def test_hopper_kernels_from_the_environment() -> None:
+    """Breaks if a misspelt value is taken for no."""
+    for value in (None, "", "0", "1", "pairs"):
+        dispatch.check_hopper(value)
+    with pytest.raises(ValueError, match="RESNET_FUSED_HOPPER must be one of .*'pairs'.* got 'on'"):
+        dispatch.check_hopper("on")
+
+
 def test_a_library_with_cuda_has_its_c_functions() -> None:
     """Breaks if the probe or the setting is missing from the build that needs it."""
     library, names = _extension._library, ("probe", "error_text")

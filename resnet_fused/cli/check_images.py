@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from resnet_fused.cli import predict
-from resnet_fused.cli.bench import positive
+from resnet_fused.cli.arguments import positive
 from resnet_fused.models.weights import resolve
 from resnet_fused.predict import agreement, pipeline, sources
 from resnet_fused.predict.agreement import Labelled

@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from resnet_fused.cli import job
+from resnet_fused.cli.arguments import positive
 from resnet_fused.models.weights import resolve
 from resnet_fused.predict import pipeline, sources, writer
 from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
@@ -91,17 +92,17 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--dtype", default="fp32", choices=DTYPES, help="of model and input (default: fp32)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    add("--batch-size", type=_positive, metavar="N", help="default: 32 on a CPU, 256 on a GPU")
+    add("--batch-size", type=positive, metavar="N", help="default: 32 on a CPU, 256 on a GPU")
     add(
         "--threads",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="that decode, and torch's on a CPU (default: as many as torch uses)",
     )
     add(
         "--top",
         "--topk",
-        type=_positive,
+        type=positive,
         default=5,
         metavar="K",
         help="classes per image, at most all (default: 5)",
@@ -113,7 +114,7 @@ def add_parser(subparsers: Any) -> None:
         "(default: CSV on stdout)",
     )
     add("--resume", action="store_true", help="go on with the job in the folder, or begin it")
-    add("--unit", type=_positive, metavar="N", help="images per part of a job (default: 1000)")
+    add("--unit", type=positive, metavar="N", help="images per part of a job (default: 1000)")
     add(
         "--engine",
         default="local",
@@ -132,8 +133,8 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "preprocessing", "instead of what the weights name"
     ).add_argument
-    add("--resize", type=_positive, metavar="N", help="length of the shorter side")
-    add("--crop", type=_positive, metavar="N", help="side of the centre crop")
+    add("--resize", type=positive, metavar="N", help="length of the shorter side")
+    add("--crop", type=positive, metavar="N", help="side of the centre crop")
     add("--interpolation", choices=INTERPOLATIONS)
     add("--mean", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
     add("--std", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
@@ -240,13 +241,6 @@ def _show(bar: Any, tally: pipeline.Tally) -> None:
 def _fail(message: str) -> int:
     print(f"resnet-fused predict: error: {message}", file=sys.stderr)
     return STOPPED
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
 
 
 def _numbers(text: str) -> tuple[float, ...]:
