@@ -180,8 +180,6 @@ def test_wrong_number_of_labels(
         (["x.jpg", "--weights", "random", "--device", "tpu"], "tpu"),
         (["x.jpg", "--weights", "random", "--device", "mps"], "must be cpu, cuda or cuda:N"),
         (["x.jpg", "--weights", "random", "--output", "preds.txt"], "must end in .csv or .jsonl"),
-        (["x.jpg", "--weights", "random", "--unit", "10"], "--unit is for a folder"),
-        (["x.jpg", "--resume"], "--resume needs --output"),
         (["@missing.txt", "--weights", "random"], "missing.txt"),
     ],
 )
