@@ -143,6 +143,25 @@ def test_grids(library: Library, dependent: bool) -> None:
         assert torch.equal(dev.get(out), x)
 
 
+def test_a_fence_behind_the_grid_before(library: Library) -> None:
+    """One thread's wait and fence do for copies that any thread of the block issues behind it."""
+    x = torch.randn(8, 64).half()
+    for seed in range(5):
+        with library.run(seed) as dev:
+            out = dev.out(x)
+            maps = [tiled(library, dev.put(x), x, (64, 8))]
+            numbers = [2, 1024, 0, 0, 0, 0, 0, 0, 0]
+            options: dict[str, Any] = {"threads": 64, "shared": 3072, "hopper": True}
+            library.test_kernel(
+                "tensor_load", out, maps=maps, numbers=numbers, dependent=True, **options
+            )
+            got = dev.get(out)
+        # Row r has its 16-byte chunks at j ^ r.
+        for r in range(8):
+            chunks = [got[r, 8 * (j ^ r) : 8 * (j ^ r) + 8] for j in range(8)]
+            assert torch.equal(torch.cat(chunks), x[r])
+
+
 @pytest.mark.parametrize(
     ("place", "last_open", "right"),
     [(0, 0, True), (1, 0, True), (2, 0, False), (1, 1, False), (0, 1, True)],

@@ -29,6 +29,8 @@ TEST_KERNEL(tensor_load) {
     ptx::tensor_map_prefetch(&a.map[0]);
     ptx::barrier_init(bar, 1);
     ptx::barrier_init_fence();
+    ptx::grid_wait();
+    ptx::fence_async_global();
   }
   __syncthreads();
   for (int turn = 0; turn <= number(a, 8); ++turn) {
