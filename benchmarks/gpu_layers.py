@@ -92,6 +92,18 @@ class Draw:
         )
 
 
+def hopper_built(library: Any) -> bool:
+    """Whether the library holds kernels for Hopper GPUs: built for 9.0a, not only for 9.0."""
+    if not hasattr(library, "resnet_fused_set_hopper"):
+        return False
+    before = library.resnet_fused_hopper()
+    library.resnet_fused_set_hopper(1)
+    try:
+        return library.resnet_fused_hopper() == 1
+    finally:
+        library.resnet_fused_set_hopper(before)
+
+
 @contextmanager
 def on_hopper(library: Any, pairs: bool) -> Iterator[None]:
     """Convolutions on the kernels for Hopper GPUs, two of them as one wherever that can be."""
@@ -113,7 +125,7 @@ def hopper_calls(call: Call, x: Tensor, between: int = 0) -> dict[str, Call]:
     library: Any = _extension._library
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):
         return {}
-    if not hasattr(library, "resnet_fused_set_hopper"):
+    if not hopper_built(library):
         return {}
     ways = [(HOPPER, False)]
     if between in (64, 128) and x.dtype != torch.float32:

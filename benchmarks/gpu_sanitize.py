@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from gpu_layers import hopper_built
 
 from resnet_fused import _extension, dispatch
 from resnet_fused.bench import expected, machine, op_cases
@@ -130,7 +131,8 @@ def check(case: Case, dtype: torch.dtype, device: str) -> str:
 
 def check_planned(dtype: torch.dtype, device: str, library: Any) -> Iterator[str]:
     """The outcome of `check` for each plan's cases; on a Hopper, of both families of kernels."""
-    families = (False, True) if torch.cuda.get_device_capability(device) == (9, 0) else (False,)
+    on_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    families = (False, True) if on_hopper and hopper_built(library) else (False,)
     for hopper in families:
         for plan, case in planned(dtype, hopper):
             with forced(plan, library, hopper):

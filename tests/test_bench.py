@@ -24,6 +24,7 @@ from resnet_fused import ops, timing
 from resnet_fused.bench import compare, contenders, machine, results, subjects
 from resnet_fused.bench.results import Row, Setting
 from resnet_fused.cli import bench
+from resnet_fused.cli.arguments import why_unwritable
 from resnet_fused.cli.main import main
 from resnet_fused.timing import Ratio, Summary
 
@@ -208,6 +209,12 @@ def test_the_time_limit_leaves_other_threads_and_alarms_alone() -> None:
         time.sleep(5)
 
 
+def test_results_may_go_to_a_folder(tmp_path: Path) -> None:
+    """Breaks if --csv FOLDER, which names its files itself, is refused."""
+    places = {"--json": None, "--csv": str(tmp_path)}
+    assert why_unwritable(places, stdout=("--csv",), folders=("--csv",)) == ""
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -219,6 +226,7 @@ def test_the_time_limit_leaves_other_threads_and_alarms_alone() -> None:
         (["--device", "cuda:99"], "torch sees"),
         (["--json", "-", "--csv", "-"], "cannot share stdout"),
         (["--plot", "no/such/folder/x.png"], "the folder does not exist"),
+        (["--json", "."], "--json .: is a folder"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_measured(

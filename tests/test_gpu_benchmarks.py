@@ -357,6 +357,9 @@ def test_kernels_for_hopper_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatc
         assert list(calls) == names
         assert [calls[name]() for name in names] == [(1, 0), (1, 1)][: len(names)]
         assert call() == (0, 0)
+    note.resnet_fused_hopper = lambda: 0  # a library that was built for 9.0, not 9.0a
+    assert gpu_layers.hopper_calls(call, note, 64) == {}
+    del note.resnet_fused_hopper
     capability = (8, 0)
     assert gpu_layers.hopper_calls(call, note, 64) == {}
 

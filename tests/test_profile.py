@@ -215,6 +215,7 @@ def test_a_profile_adds_up() -> None:
         (Net().eval(), torch.ones(0, 3, 8, 8), ValueError, r"got shape \(0, 3, 8, 8\)"),
         (Net().eval(), torch.ones(1, 5, 8, 8), ValueError, "x must be an input that Net takes"),
         (nn.Identity().eval(), torch.ones(1), ValueError, "Identity runs no torch operation"),
+        (Net().eval(), torch.ones(1, 3, 8, 8, dtype=torch.uint8), ValueError, "floating point"),
     ],
 )
 def test_wrong_arguments_are_named(model: Any, x: Any, error: type, message: str) -> None:

@@ -66,6 +66,8 @@ def test_one_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--csv", "-", "--json", "-"], "--json - and --csv - cannot share stdout"),
         (["--svg", "no/such/p.svg"], "--svg no/such/p.svg: the folder does not exist"),
         (["--svg", "."], "--svg .: is a folder, not a file"),
+        (["--svg", "-"], "--svg -: cannot be stdout"),
+        (["--json", "a.txt", "--csv", "./a.txt"], "is the file of --json, too"),
         (["--trace", "trace.txt"], "--trace must end in .json or .json.gz, got trace.txt"),
         (["--weights", "none.pth"], "none.pth"),
     ],

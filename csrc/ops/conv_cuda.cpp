@@ -159,10 +159,14 @@ Tensor launch_conv(const CudaCall& call, Prepared c, const Tensor& x) {
 }
 
 // Two of them, the second on what the first makes of x: one kernel where that is faster.
-Tensor launch_two(const CudaCall& call, Prepared first, Prepared last, const Tensor& x) {
+Tensor launch_two(const CudaCall& call, Prepared first, Prepared last, Tensor x) {
   first.p.source[0].x = x.data();
   const int tile = pair_tile(call, first.p, last.p);
-  if (tile < 0) return launch_conv(call, std::move(last), launch_conv(call, std::move(first), x));
+  if (tile < 0) {
+    const Tensor between = launch_conv(call, std::move(first), x);
+    x = Tensor();  // its memory may be the next output's
+    return launch_conv(call, std::move(last), between);
+  }
   Tensor out = empty_output(last, x);
   last.p.out = out.mutable_data();
   call.check(launch_on_hopper(call, WgmmaPairParams{first.p, last.p, tile}));
@@ -209,7 +213,7 @@ Tensor run_chain_cuda(const Chain& chain) {
   Prepared before =
       prepare(call, convs[convs.size() - 2], h.shape(), nullptr, Tensor(), Tensor(), true, x);
   Prepared end = last(before.out);
-  return launch_two(call, std::move(before), std::move(end), h);
+  return launch_two(call, std::move(before), std::move(end), std::move(h));
 }
 
 }  // namespace resnet_fused

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,6 +211,14 @@ def find() -> Any:
         ) from None
 
 
+def version() -> str:
+    """LoadGen's version; "unknown" for one that pip does not know."""
+    try:
+        return metadata.version("mlcommons-loadgen")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def _settings(loadgen: Any, load: Load) -> Any:
     """Translate a Load."""
     settings = loadgen.TestSettings()
@@ -266,8 +275,7 @@ def run(
         try:
             while tester.is_alive() and system.problem is None:
                 tester.join(0.1)  # a join without end would not hear Ctrl-C
-            if isinstance(system.problem, _GaveUp):
-                tester.join()
+            tester.join()  # LoadGen writes to the folder until its last query has been answered
         except BaseException as problem:
             system.problem = problem
             raise

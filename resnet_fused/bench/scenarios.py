@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ class Found:
             "agrees": self.agrees,
             "path": self.path,
             "note": self.note,
-            "versions": f"{versions()}, loadgen {metadata.version('mlcommons-loadgen')}",
+            "versions": f"{versions()}, loadgen {loadgen.version()}",
         }
 
 

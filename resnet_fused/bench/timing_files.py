@@ -14,7 +14,7 @@ from typing import Any
 # The same things under other names, in files of other scripts.
 ALIASES = {"infer_batch_size": "batch", "infer_img_size": "size", "peer": "contender"}
 GROUP = ("model", "dtype", "batch", "size", "device", "threads")
-CASE = ("scenario", "rate", "budget_ms", "max_batch", "wait_ms", "graph", "stage", "contender")
+CASE = ("scenario", "rate", "budget_ms", "wait_ms", "graph", "stage", "contender")
 KEY = (*GROUP, *CASE)
 SOFTWARE = ("resnet_fused", "torch", "cuda", "cudnn", "driver", "python", "platform")
 PEERS = ("openvino", "onnxruntime", "onnx", "numpy", "loadgen")

@@ -17,22 +17,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def why_unwritable(places: dict[str, str | Path | None], stdout: tuple[str, ...] = ()) -> str:
+def why_unwritable(
+    places: dict[str, str | Path | None],
+    stdout: tuple[str, ...] = (),
+    folders: tuple[str, ...] = (),
+) -> str:
     """Say which file cannot be written, before any time is spent; empty if all can.
 
     Args:
         places: file by option; `-` is stdout, None is not asked for.
         stdout: the options of which one may be `-`.
+        folders: the options that take a folder, too.
     """
-    asked = [option for option in stdout if places.get(option) == "-"]
+    given = {option: str(place) for option, place in places.items() if place}
+    asked = [option for option in given if given[option] == "-"]
+    if wrong := [option for option in asked if option not in stdout]:
+        return f"{wrong[0]} -: cannot be stdout; give a file"
     if len(asked) > 1:
         return f"{' - and '.join(asked)} - cannot share stdout: give one of them a file"
-    for option, place in places.items():
-        is_file = place and not (str(place) == "-" and option in stdout)
-        if is_file and Path(str(place)).is_dir():
+    taken: dict[Path, str] = {}
+    for option, place in given.items():
+        path = Path(place).absolute()
+        if option in asked or (path.is_dir() and option in folders):
+            continue
+        if path.is_dir():
             return f"{option} {place}: is a folder, not a file"
-        if is_file and not Path(str(place)).absolute().parent.is_dir():
+        if not path.parent.is_dir():
             return f"{option} {place}: the folder does not exist"
+        if taken.setdefault(path, option) != option:
+            return f"{option} {place}: is the file of {taken[path]}, too; give another"
     return ""
 
 

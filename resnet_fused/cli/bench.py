@@ -124,7 +124,7 @@ def _refuse(args: argparse.Namespace) -> str:
     if load:
         return load
     places = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
-    unwritable = why_unwritable(places, stdout=("--json", "--csv"))
+    unwritable = why_unwritable(places, stdout=("--json", "--csv"), folders=("--csv",))
     if unwritable:
         return unwritable
     if args.plot and importlib.util.find_spec("matplotlib") is None:

@@ -137,7 +137,10 @@ def _times(args: argparse.Namespace) -> int:
     for line in found.lines():
         print(line)
     if not found.pairs:
-        raise ValueError("no row of A has its match in B: settings differ as listed above")
+        raise ValueError(
+            "no row of A has its match in B: settings differ as listed above (bench --scenario "
+            "server without --rate offers what eager can do at the time; give both runs one rate)"
+        )
     worse = [f"{pair.b}: {pair.got_worse}" for pair in found.pairs if pair.got_worse]
     if args.fail_slower is not None:
         if not found.same_machine:

@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         found = profile.profile(
             model, x, budget_s=args.budget_s, facts={"model": args.model, "weights": args.weights}
         )
-    except ValueError as problem:
+    except (RuntimeError, ValueError) as problem:  # memory that is not enough is one of the former
         print(f"resnet-fused profile: error: {problem}", file=sys.stderr)
         return 1
     print(f"\n{found}", file=to)

@@ -81,7 +81,7 @@ def arguments(x: Any) -> tuple[Tensor, ...]:
 
     Raises:
         TypeError: it is no tensor or tuple of tensors.
-        ValueError: one is empty.
+        ValueError: one is empty, or the first holds no floats, or is on a device without a clock.
     """
     given = x if isinstance(x, tuple) else (x,)
     if not given or not all(isinstance(a, Tensor) for a in given):
@@ -93,6 +93,14 @@ def arguments(x: Any) -> tuple[Tensor, ...]:
     empty = next((a for a in given if not a.numel()), None)
     if empty is not None:
         raise ValueError(f"x must hold something to compute on, got shape {tuple(empty.shape)}")
+    first = given[0]
+    if not first.is_floating_point():
+        raise ValueError(
+            f"x must be floating point, in whose dtype peaks are measured, got {first.dtype}; "
+            "normalise images of bytes beforehand"
+        )
+    if first.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"x must be on a CPU or a CUDA device, got {first.device}")
     return given
 
 
@@ -113,6 +121,8 @@ def subject(model: nn.Module, x: Any) -> Subject:
     with torch.inference_mode():
         try:
             before = record(sharing(eager), lambda net: net(*given))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the user's code
             raise ValueError(
                 f"x must be an input that {name} takes; it raised {type(error).__name__}: {error}"
