@@ -304,7 +304,7 @@ def test_layers_run_on_the_cpu(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*-layers-*.json")
     whole = json.loads(file.read_text())
     rows = whole["results"]
-    assert whole["skipped"] == []
+    assert not whole["skipped"]
     assert sum(r["count"] for r in rows if r["conv"]) == 52  # 53 with the stem
     assert sum(r["count"] for r in rows if "bottleneck" in r["layer"]) == 16
     assert {r["layer"] for r in rows} >= {"stem", "pool_linear"}
@@ -341,9 +341,7 @@ class Note:
 
 
 def test_kernels_for_hopper_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block of stage 1 or 2 that is not timed both ways, or a switch that stays where a row left
-    it, so that the next one times another kernel.
-    """
+    """A block of stage 1 or 2 that is not timed both ways; a switch that a row leaves on."""
     note: Any = Note()
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -357,10 +355,9 @@ def test_kernels_for_hopper_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatc
         assert list(calls) == names
         assert [calls[name]() for name in names] == [(1, 0), (1, 1)][: len(names)]
         assert call() == (0, 0)
-    note.resnet_fused_hopper = lambda: 0  # a library that was built for 9.0, not 9.0a
-    assert gpu_layers.hopper_calls(call, note, 64) == {}
-    del note.resnet_fused_hopper
     capability = (8, 0)
+    assert gpu_layers.hopper_calls(call, note, 64) == {}
+    capability, note.resnet_fused_hopper = (9, 0), lambda: 0  # built for 9.0, not 9.0a
     assert gpu_layers.hopper_calls(call, note, 64) == {}
 
 
