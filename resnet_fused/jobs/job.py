@@ -137,10 +137,16 @@ def plan(
         resume: accept a folder with a manifest; begin if there is none.
 
     Raises:
-        ValueError: the job in ``folder`` is another; the message says in what.
+        ValueError: the job in ``folder`` is another; the message says in what. Or ``unit`` is more
+            than 10,000,000.
         FileExistsError: there is one, and ``resume`` is False.
         OSError: the folder cannot be written.
     """
+    if unit is not None and unit > manifest.LARGEST_UNIT:
+        raise ValueError(
+            f"unit must be at most {manifest.LARGEST_UNIT:,} images per part, got {unit:,}; give a "
+            "smaller one"
+        )
     folder = Path(folder)
     exists = (folder / manifest.NAME).exists()
     if given or not exists:

@@ -25,6 +25,7 @@ from resnet_fused.predict.sources import Found
 NAME = "_manifest.parquet"
 KEY = "resnet_fused"
 FORMAT = "1"
+LARGEST_UNIT = 10_000_000  # images; its names are in memory at once
 # Names as the bytes they have on disk, because they need not be UTF-8.
 SCHEMA = pa.schema([("filename", pa.binary()), ("error", pa.string())])
 
@@ -84,7 +85,8 @@ def write(folder: Path, header: Header, found: Iterable[Found]) -> Header:
         for group in groups(found, header.unit):
             names = [os.fsencode(item.path) for item in group]
             errors = [item.error for item in group]
-            writer.write_table(pa.table([names, errors], schema=SCHEMA))
+            # Without a size, pyarrow begins another row group after 1,048,576 rows.
+            writer.write_table(pa.table([names, errors], schema=SCHEMA), row_group_size=len(group))
             digest.update(repr((names, errors)).encode())
             images += len(group)
         complete = replace(header, images=images, sha256=digest.hexdigest())
@@ -116,6 +118,12 @@ class Manifest:
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']}, not {FORMAT}")
             self.header = Header(**content)
+            held = (self._file.metadata.num_row_groups, self._file.metadata.num_rows)
+            if held != (self.header.units, self.header.images):
+                raise ValueError(
+                    f"it holds {held[1]:,} images in {held[0]:,} row groups, where its header has "
+                    f"{self.header.images:,} in {self.header.units:,} units"
+                )
         except (KeyError, TypeError, ValueError) as error:  # pyarrow's are ValueErrors
             raise ValueError(
                 f"{path} is no manifest that this version reads ({error}); "

@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 class Damaged(Exception):
-    """The file is no complete Parquet file."""
+    """The file is no complete Parquet file, or has not as many rows as its unit has images."""
 
 
 class PartWriter:
@@ -112,7 +112,7 @@ def read(path: Path, header: Header, unit: int) -> Part:
     """Look at a part's metadata.
 
     Raises:
-        Damaged: it is cut, or no Parquet file.
+        Damaged: it is cut, no Parquet file, or has not one row per image of the unit.
         ValueError: it is of another job or unit.
     """
     with open(path, "rb") as file:
@@ -123,4 +123,6 @@ def read(path: Path, header: Header, unit: int) -> Part:
             raise Damaged(str(error)) from error
     if about is None or (about["job"], about["unit"]) != (header.sha256, unit):
         raise ValueError(f"{path} is not of this job; move it away, or give another folder")
+    if metadata.num_rows != header.size(unit):
+        raise Damaged(f"{metadata.num_rows} rows for {header.size(unit)} images")
     return Part(path, unit, metadata.num_rows, about["failed"])

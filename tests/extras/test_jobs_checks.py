@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Jobs: wrong arguments, files that contradict themselves, and whose temporary files may go."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+from job_cases import photos, predictor  # noqa: E402
+
+from resnet_fused import jobs  # noqa: E402
+from resnet_fused.jobs import local, manifest, parts  # noqa: E402
+from resnet_fused.jobs.manifest import Header, Manifest  # noqa: E402
+from resnet_fused.predict.sources import Found  # noqa: E402
+
+MODEL = predictor()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("checks") / "photos", 5)
+
+
+def test_a_unit_of_more_than_a_million_images(tmp_path: Path) -> None:
+    """Breaks if a unit is cut where pyarrow begins another row group by itself, after 1,048,576
+    rows: the images behind would be in no unit."""
+    unit = 1_048_577
+    found = [Found(f"{i}", None) for i in range(unit + 1)]
+    header = manifest.write(tmp_path, Header({}, unit, 1, "/"), found)
+    listed = Manifest(tmp_path)
+    assert (header.units, header.size(0), header.size(1)) == (2, unit, 1)
+    assert len(listed.unit(0)) == unit and listed.unit(1) == found[-1:]
+
+
+def test_the_largest_unit(source: Path, tmp_path: Path) -> None:
+    """Breaks if a unit is begun whose names do not fit into memory or a row group."""
+    with pytest.raises(ValueError, match="unit must be at most 10,000,000 images .*, got 10,000,0"):
+        jobs.plan([str(source)], tmp_path / "out", MODEL, unit=10_000_001)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"images": 6}, {"unit": 1}])
+def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, int]) -> None:
+    """Breaks if units are read that are not those of the header."""
+    header = manifest.write(tmp_path, Header({}, 2, 1, "/"), [Found(f"{i}") for i in range(5)])
+    path = tmp_path / manifest.NAME
+    table = pq.read_table(path)
+    about = json.dumps(asdict(replace(header, **change)))
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table, row_group_size=2)
+        writer.add_key_value_metadata({manifest.KEY: about})
+    with pytest.raises(ValueError, match="it holds 5 images in 3 row groups, where its header has"):
+        Manifest(tmp_path)
+
+
+def test_a_part_that_lacks_rows_is_made_again(source: Path, tmp_path: Path) -> None:
+    """Breaks if a part with the right metadata and too few images is taken for complete."""
+    job = jobs.plan([str(source)], tmp_path, MODEL, unit=3)
+    local.run(job, MODEL)
+    whole = job.path(0).read_bytes()
+    table = pq.read_table(job.path(0))
+    about = pq.read_metadata(job.path(0)).metadata[b"resnet_fused"]
+    with pq.ParquetWriter(job.path(0), table.schema) as writer:
+        writer.write_table(table.slice(0, 2))
+        writer.add_key_value_metadata({"resnet_fused": about.decode()})
+    with pytest.raises(parts.Damaged, match="2 rows for 3 images"):
+        parts.read(job.path(0), job.header, 0)
+    assert list(job.missing()) == [0]
+    local.run(job, MODEL)
+    assert job.path(0).read_bytes() == whole
