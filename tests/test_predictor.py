@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from resnet_cases import lively
-from resnet_fused import Predictor
+from resnet_fused import Predictor, _extension
 from resnet_fused.cli.main import main
 from resnet_fused.models import resnet18
+from resnet_fused.predict import fingerprint as fingerprints
 from resnet_fused.predict.preprocess import Preprocessing
 
 CLASSES = 7
@@ -325,6 +326,18 @@ def test_fingerprint_follows_what_results_depend_on(weights: str, tmp_path: Path
     with torch.no_grad():
         predictor.model.get_parameter("layer3.0.bn1.bias")[5] += 1e-3
     assert {k for k in base if predictor.fingerprint[k] != base[k]} == {"weights_sha256"}
+
+
+def test_fingerprint_tells_which_kernels_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a job begun with one RESNET_FUSED_HOPPER, which decides in what order a GPU adds,
+    could be continued with another; a CPU's results do not depend on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    texts: dict[str, set[str]] = {"cuda": set(), "cpu": set()}
+    for value in ("", "1", "pairs"):
+        monkeypatch.setattr(_extension, "hopper", lambda value=value: value)
+        for name, found in texts.items():
+            found.add(fingerprints._machine(torch.device(name)))
+    assert len(texts["cuda"]) == 3 and len(texts["cpu"]) == 1
 
 
 def test_import_loads_no_image_library() -> None:

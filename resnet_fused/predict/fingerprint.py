@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused import dispatch
+from resnet_fused import _extension, dispatch
 from resnet_fused.predict.decode import torchvision_decoder
 from resnet_fused.predict.preprocess import Preprocessing
 from resnet_fused.report import report
@@ -80,7 +80,9 @@ def _machine(device: torch.device) -> str:
         else torch.backends.cpu.get_cpu_capability()
     )
     invariant = ", batch invariant" if dispatch.batch_invariant() else ""
-    return f"{where}, torch {torch.__version__}{invariant}"
+    hopper = _extension.hopper() if device.type == "cuda" else ""
+    kernels = f", RESNET_FUSED_HOPPER={hopper}" if hopper else ""
+    return f"{where}, torch {torch.__version__}{invariant}{kernels}"
 
 
 def _short(text: str) -> str:
