@@ -73,6 +73,11 @@ def folder_of(args: argparse.Namespace, where: Place) -> str | None:
         importlib.import_module("resnet_fused.jobs")  # early, for its message
         if args.engine == "ray":
             _check_ray(args, where)
+        if where.world > 1 and not args.resume:
+            raise ValueError(
+                f"with several processes (WORLD_SIZE={where.world}) give --resume, which begins a "
+                "job, too: one that finds a manifest cannot tell whether rank 0 has just written it"
+            )
         return str(output)
     if args.resume:
         raise ValueError("--resume needs --output FOLDER")
@@ -96,11 +101,11 @@ def run(args: argparse.Namespace, folder: str, predictor: Predictor, where: Plac
     """
     from resnet_fused.jobs import local, plan  # here, because it needs pyarrow
 
+    options = {"unit": args.unit, "batch_size": args.batch_size}
     if where.rank == 0:
-        options = {"unit": args.unit, "batch_size": args.batch_size, "resume": args.resume}
-        job = plan(args.sources, folder, predictor, **options)
+        job = plan(args.sources, folder, predictor, resume=args.resume, **options)
     else:
-        job = local.wait_for_job(folder, predictor)
+        job = local.wait_for_job(folder, predictor, given=args.sources, **options)
     quiet = args.quiet or where.rank > 0
     own = range(where.rank, job.header.units, where.world)
     total = sum(map(job.header.size, own))

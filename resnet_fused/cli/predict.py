@@ -44,7 +44,8 @@ output:
   --resume goes on behind the complete parts; the parts come out as if nothing had happened. The
   model, its options and the images must be the same; without SOURCE they are the manifest's.
   Several processes share a job: torchrun --standalone --nproc-per-node=gpu -m resnet_fused predict
-  ...; each takes every WORLD_SIZE-th part from RANK on. Needs pip install 'resnet_fused[parquet]'.
+  ... --resume; each takes every WORLD_SIZE-th part from RANK on. Needs
+  pip install 'resnet_fused[parquet]'.
   With --engine ray (pip install 'resnet_fused[ray]') the actors of a Ray cluster share it: one per
   GPU, or one per --threads CPUs.
 

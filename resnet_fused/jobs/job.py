@@ -171,31 +171,28 @@ def plan(
         raise FileExistsError(
             f"{folder} holds a job already; go on with it by --resume, or give another folder"
         )
-    job = open_job(folder, predictor, batch_size=batch_size)
-    if unit not in (None, job.header.unit):
-        raise ValueError(f"the job in {folder} has units of {job.header.unit} images, not {unit}")
-    if given:
-        found = sources.expand(given)
-        if why := manifest.first_difference(Manifest(folder), found, os.getcwd()):
-            raise ValueError(
-                f"the job in {folder} is about other images: {why}; give another folder, or leave "
-                "SOURCE out to go on with the images of the manifest"
-            )
-    return job
+    return open_job(folder, predictor, given=given, unit=unit, batch_size=batch_size)
 
 
 def open_job(
-    folder: str | os.PathLike[str], predictor: Predictor, *, batch_size: int | None = None
+    folder: str | os.PathLike[str],
+    predictor: Predictor,
+    *,
+    given: Sequence[str] = (),
+    unit: int | None = None,
+    batch_size: int | None = None,
 ) -> Job:
     """Open the job in ``folder``.
 
     Args:
         folder: with a manifest.
         predictor: must have the job's fingerprint.
+        given: sources that must mean the manifest's images; none to take these as they are.
+        unit: must be the manifest's; None for any.
         batch_size: instead of the manifest's, where results do not depend on it.
 
     Raises:
-        ValueError: the fingerprint is another; the message says in what.
+        ValueError: the fingerprint, the unit or an image is another; the message says in what.
         OSError: the manifest cannot be read.
     """
     folder = Path(folder)
@@ -204,6 +201,13 @@ def open_job(
     size = batch_size or header.batch_size
     with _batch_invariant():
         _compare(header, _fingerprint(predictor, size), folder)
+    if unit not in (None, header.unit):
+        raise ValueError(f"the job in {folder} has units of {header.unit} images, not {unit}")
+    if given and (why := manifest.first_difference(listed, sources.expand(given), os.getcwd())):
+        raise ValueError(
+            f"the job in {folder} is about other images: {why}; give another folder, or leave "
+            "SOURCE out to go on with the images of the manifest"
+        )
     return Job(folder, replace(header, batch_size=size), listed, predictor)
 
 

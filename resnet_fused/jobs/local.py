@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from resnet_fused.jobs.job import Job, open_job
@@ -89,8 +89,22 @@ def run(
     return progress
 
 
-def wait_for_job(folder: str | os.PathLike[str], predictor: Predictor) -> Job:
+def wait_for_job(
+    folder: str | os.PathLike[str],
+    predictor: Predictor,
+    *,
+    given: Sequence[str] = (),
+    unit: int | None = None,
+    batch_size: int | None = None,
+) -> Job:
     """Open the job that another process is writing the manifest of.
+
+    Args:
+        folder: where it will be.
+        predictor: as for ``open_job``.
+        given: likewise, but stdin is not read: rank 0 does that.
+        unit: likewise.
+        batch_size: likewise.
 
     Raises:
         TimeoutError: there is none after ``PATIENCE`` seconds.
@@ -104,7 +118,8 @@ def wait_for_job(folder: str | os.PathLike[str], predictor: Predictor) -> Job:
                 "what became of it, and whether it is given the same --output on the same disk"
             )
         time.sleep(POLL)
-    return open_job(folder, predictor)
+    given = () if "-" in given else given
+    return open_job(folder, predictor, given=given, unit=unit, batch_size=batch_size)
 
 
 def wait_for_parts(job: Job, slowest: float) -> Progress:

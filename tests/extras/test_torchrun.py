@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -37,7 +38,7 @@ def test_torchrun(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     options = [str(source), *SMALL, "--unit", "2", "--output"]
     assert main(["predict", *options, f"{tmp_path}/one/", "--quiet"]) == 0
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "resnet_fused", "predict", *options, f"{tmp_path}/two/"]
+    command += ["-m", "resnet_fused", "predict", *options, f"{tmp_path}/two/", "--resume"]
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=600, cwd=HERE
     )
@@ -107,6 +108,33 @@ def test_another_rank_with_another_model_is_refused(source: Path, tmp_path: Path
     jobs.plan([str(source)], tmp_path, predictor(), unit=2)
     with pytest.raises(ValueError, match="top: 2 there, 1 here"):
         local.wait_for_job(tmp_path, predictor(top=1))
+
+
+def test_every_rank_checks_that_the_job_is_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Breaks if ranks other than 0 work on an old job that they were not told to go on with, or on
+    one with other units or images than the command says."""
+    out = tmp_path / "out"
+    assert main(["predict", f"{source}/000.png", *SMALL, "--output", f"{out}/", "--quiet"]) == 0
+    (out / "part-00000.parquet").unlink()
+    before = contents(out)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    start = ["predict", *SMALL, "--output", f"{out}/"]
+    for more, message in (
+        ([f"{source}/000.png"], "(WORLD_SIZE=2) give --resume"),
+        ([f"{source}/000.png", "--resume", "--unit", "2"], "has units of 1000 images, not 2"),
+        ([str(source), "--resume"], "rank 1: the job in .* is about other images: the sources"),
+        ([f"{source}/001.png", "--resume"], "image 1 was .*000.png and is now .*001.png"),
+    ):
+        assert main([*start, *more]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error or re.search(message, error), error
+        assert contents(out) == before
+    for more in ([f"{source}/000.png", "--resume"], ["-", "--resume"], ["--resume"]):
+        assert main([*start, *more]) == 0
+    assert contents(out) == before
 
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
