@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -15,6 +16,8 @@ from typing import BinaryIO
 
 TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<life>\w+)-\d+\.tmp")
 ABANDONED = 24 * 3600  # seconds after which another machine's temporary file has no owner
+BOOT = "/proc/sys/kernel/random/boot_id"  # Linux: other after every start
+PROCESSES = "/proc/self/ns/pid"  # Linux: names the container, as far as process ids go
 
 _life = os.urandom(4).hex()  # a restarted container may get its old process id again
 _count = itertools.count()
@@ -47,8 +50,8 @@ def appearing(path: Path, replace: bool) -> Iterator[BinaryIO]:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove temporary files that nobody will finish: those of this machine's dead processes, and
-    those that are older than a day.
+    """Remove temporary files that nobody will finish: those of dead processes of this machine and
+    container, and those of others that are older than a day.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -56,10 +59,11 @@ def remove_stale(folder: Path) -> None:
             if match is None:
                 continue
             with contextlib.suppress(OSError):
-                old = time.time() - entry.stat().st_mtime > ABANDONED
-                if old or (
-                    match["host"] == _host() and not _alive(int(match["pid"]), match["life"])
-                ):
+                if match["host"] == _host():
+                    gone = not _alive(int(match["pid"]), match["life"])
+                else:
+                    gone = time.time() - entry.stat().st_mtime > ABANDONED
+                if gone:
                     os.unlink(entry.path)
 
 
@@ -75,7 +79,13 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def _host() -> str:
-    return re.sub(r"[^\w-]", "_", socket.gethostname())
+    """Name the place where a process id means one process: containers may share a host's name."""
+    digest = hashlib.sha256()
+    with contextlib.suppress(OSError), open(BOOT, "rb") as file:
+        digest.update(file.read())
+    with contextlib.suppress(OSError):
+        digest.update(os.fsencode(os.readlink(PROCESSES)))
+    return re.sub(r"[^\w-]", "_", socket.gethostname()) + "-" + digest.hexdigest()[:16]
 
 
 def _alive(pid: int, life: str) -> bool:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 from job_cases import photos, predictor  # noqa: E402
 
 from resnet_fused import jobs  # noqa: E402
-from resnet_fused.jobs import local, manifest, parts  # noqa: E402
+from resnet_fused.jobs import files, local, manifest, parts  # noqa: E402
 from resnet_fused.jobs.manifest import Header, Manifest  # noqa: E402
 from resnet_fused.predict.sources import Found  # noqa: E402
 
@@ -74,3 +76,37 @@ def test_a_part_that_lacks_rows_is_made_again(source: Path, tmp_path: Path) -> N
     assert list(job.missing()) == [0]
     local.run(job, MODEL)
     assert job.path(0).read_bytes() == whole
+
+
+def test_whose_temporary_files_go(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a process in a container of the same name, where process ids mean others, loses the
+    part it is writing; or if one that is known to be alive does after a day."""
+    boot = tmp_path / "boot_id"
+    boot.write_text("one")
+    monkeypatch.setattr(files, "BOOT", str(boot))
+    hosts = {files._host()}
+    boot.write_text("two")
+    hosts.add(files._host())
+    monkeypatch.setattr(files, "PROCESSES", str(tmp_path / "link"))
+    (tmp_path / "link").symlink_to("pid:[1]")
+    hosts.add(files._host())
+    (tmp_path / "link").unlink()
+    boot.unlink()
+    assert files.TEMPORARY.fullmatch(f".x.{files._host()}.1-ab-0.tmp")
+    hosts.add(files._host())
+    assert len(hosts) == 4, "each has another host's name"
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    here, there = files._host(), (hosts - {files._host()}).pop()
+    dead = 2**22 - 1  # beyond the largest process id of most systems
+    kept = [f".x.{here}.{os.getppid()}-ab-0.tmp", f".x.{there}.{dead}-ab-0.tmp"]
+    gone = [f".x.{here}.{dead}-ab-0.tmp", f".x.{there}.{dead}-ab-1.tmp"]
+    for name in (*kept, *gone):
+        (folder / name).touch()
+    for name in (kept[0], gone[1]):
+        os.utime(folder / name, (time.time() - 2 * files.ABANDONED,) * 2)
+    files.remove_stale(folder)
+    assert sorted(os.listdir(folder)) == sorted(kept)
