@@ -137,11 +137,21 @@ def plan(
         resume: accept a folder with a manifest; begin if there is none.
 
     Raises:
-        ValueError: the job in ``folder`` is another; the message says in what. Or ``unit`` is more
-            than 10,000,000.
+        ValueError: the job in ``folder`` is another; the message says in what. Or ``unit`` or
+            ``batch_size`` is less than 1, or ``unit`` more than 10,000,000.
+        TypeError: ``given`` is one name instead of a list.
         FileExistsError: there is one, and ``resume`` is False.
         OSError: the folder cannot be written.
     """
+    if isinstance(given, (str, os.PathLike)):
+        raise TypeError(
+            f"given must be a list of sources, got {given!r} alone; give [{os.fspath(given)!r}]"
+        )
+    for name, value in (("unit", unit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(
+                f"{name} must be at least 1, got {value}; give more, or None for the default"
+            )
     if unit is not None and unit > manifest.LARGEST_UNIT:
         raise ValueError(
             f"unit must be at most {manifest.LARGEST_UNIT:,} images per part, got {unit:,}; give a "

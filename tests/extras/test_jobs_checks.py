@@ -110,3 +110,15 @@ def test_whose_temporary_files_go(
         os.utime(folder / name, (time.time() - 2 * files.ABANDONED,) * 2)
     files.remove_stale(folder)
     assert sorted(os.listdir(folder)) == sorted(kept)
+
+
+def test_wrong_arguments(source: Path, tmp_path: Path) -> None:
+    """Breaks if a name is taken for a list of its letters, or 0 for "not given"."""
+    for given in (str(source), source):
+        with pytest.raises(TypeError, match="must be a list of sources, got .* alone; give .'/.*'"):
+            jobs.plan(given, tmp_path / "out", MODEL)  # type: ignore[arg-type]
+    for name in ("unit", "batch_size"):
+        for value in (0, -1):
+            with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}"):
+                jobs.plan([str(source)], tmp_path / "out", MODEL, **{name: value})  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
