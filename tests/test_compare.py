@@ -202,8 +202,11 @@ def test_flips_errors_and_lost_images_are_named(
     assert "3 images in both: 2 differ, 1 with another best class" in out
     assert "largest difference of a class's probability: 0.25 (moved.png)" in out
     assert "only in A, not compared: gone.png" in out and "only in B, not compared: new.png" in out
-    assert compare(capsys, one, str(folder / "b.jsonl"), "--fail-flips", "1")[0] == 0
-    assert compare(capsys, one, str(folder / "b.jsonl"), "--fail-flips", "0")[0] == 2
+    # gone.png is not in B, which no number of flips allows
+    assert compare(capsys, one, str(folder / "b.jsonl"), "--fail-flips", "9")[0] == 2
+    whole = write_jsonl(folder / "whole.jsonl", [*b, a[-1]])
+    assert compare(capsys, one, whole, "--fail-flips", "1")[0] == 0
+    assert compare(capsys, one, whole, "--fail-flips", "0")[0] == 2
 
     broken = [same, image("moved.png", [], [], "empty file")]
     code, out, _ = compare(capsys, one, write_jsonl(folder / "c.jsonl", broken))
@@ -245,6 +248,9 @@ def test_files_in_one_order_are_not_held_in_memory() -> None:
     assert read <= 2 * 101
 
 
+PREDICTED = b"filename,index,label,prob,rank,error\nx,1,,0.5,1,\n"
+
+
 @pytest.mark.parametrize(
     ("content", "name", "said"),
     [
@@ -260,6 +266,9 @@ def test_files_in_one_order_are_not_held_in_memory() -> None:
         (b"3\n", "a.jsonl", "image 1 does not"),
         (b"filename,index,prob\nx,1,0.5\n", "a.csv", "image 1 does not"),
         (b"filename,index,label,prob,rank,error\nx,1,,big,1,\n", "a.csv", "image 1 does not"),
+        (PREDICTED + b"x,2,,0.", "a.csv", "a cut file?"),
+        (PREDICTED + b"x,2,,0.1,2", "a.csv", "a cut file?"),
+        (PREDICTED + b"x,2,,0.1,,\n", "a.csv", "neither rank nor error"),
     ],
 )
 def test_other_files_are_refused_with_a_reason(

@@ -33,7 +33,8 @@ files of predictions:
 exit code:
   0 compared, and B is no worse    1 nothing to compare, or wrong use
   2 B is worse: a row slower than --fail-slower allows, or with wrong results, or not there;
-    more flips than --fail-flips allows, or images that fail only in B
+    images that fail only in B; with --fail-flips also more flips than it allows, or images that
+    are not in B
 
 examples:
   resnet-fused compare before.json after.json
@@ -79,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
         "--fail-flips",
         type=_count,
         metavar="N",
-        help="exit code 2 if more than N images have another best class",
+        help="exit code 2 if more than N images have another best class, or one is not in B",
     )
 
 
@@ -173,5 +174,6 @@ def _predictions(args: argparse.Namespace) -> int:
         print(line)
     if not tally.images:
         raise ValueError("no image is in both files: they are matched by file name as written")
-    flipped = args.fail_flips is not None and tally.flips > args.fail_flips
-    return WORSE if flipped or tally.newly_failed else OK
+    lost = tally.only_count["A"]
+    strict = args.fail_flips is not None and (tally.flips > args.fail_flips or lost)
+    return WORSE if strict or tally.newly_failed else OK

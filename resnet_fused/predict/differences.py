@@ -109,6 +109,8 @@ def _ranked(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
     """Collect the rows of each image; rank 1 or an error begins the next."""
     image: dict[str, Any] = {}
     for row in rows:
+        if None in row.values() or not (row["rank"] or row["error"]):
+            raise ValueError("a row has neither rank nor error, or too few columns: a cut file?")
         if row["rank"] in ("1", ""):
             if image:
                 yield image
