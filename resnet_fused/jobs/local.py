@@ -127,24 +127,35 @@ def wait_for_parts(job: Job, slowest: float) -> Progress:
 
     Args:
         job: the job.
-        slowest: seconds that this process took for a unit; ten times that is added to the patience.
+        slowest: seconds that this process took for a unit; ten times that is added to the patience,
+            which begins anew with every part that appears, whoever makes it.
 
     Returns:
         All parts, as kept ones.
 
     Raises:
-        TimeoutError: a part does not come.
+        TimeoutError: no part comes any more, and one is missing.
     """
     patience = PATIENCE + 10 * slowest
     whole = Progress()
     for unit in range(job.header.units):
-        deadline = time.monotonic() + patience
+        deadline, before = time.monotonic() + patience, -1
         while (part := job.part(unit)) is None:
+            before = _parts(job) if before < 0 else before
             if time.monotonic() > deadline:
+                now = _parts(job)  # not more often, because a folder may have very many
+                if now > before:
+                    deadline, before = time.monotonic() + patience, now
+                    continue
                 raise TimeoutError(
-                    f"{job.path(unit)} did not come in {patience:.0f} s; the process that makes it "
-                    "may be dead: run the same command again with --resume"
+                    f"{job.path(unit)} did not come in {patience:.0f} s, nor any other; the "
+                    "process that makes it may be dead: run the same command again with --resume"
                 )
             time.sleep(POLL)
         whole.keep(part)
     return whole
+
+
+def _parts(job: Job) -> int:
+    with os.scandir(job.folder) as entries:
+        return sum(entry.name.startswith("part-") for entry in entries)

@@ -99,8 +99,29 @@ def test_waiting_ends_with_a_reason(
         local.wait_for_job(tmp_path, model)
     job = jobs.plan([str(source)], tmp_path, model, unit=2)
     local.run(job, model, rank=0, world=2)
-    with pytest.raises(TimeoutError, match="part-00001.parquet did not come .* --resume"):
+    with pytest.raises(
+        TimeoutError, match="part-00001.parquet did not come .*, nor any other; .* --resume"
+    ):
         local.wait_for_parts(job, 0)
+
+
+def test_waiting_goes_on_while_parts_appear(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if rank 0 gives up on a part while others still make theirs."""
+    model = predictor()
+    job = jobs.plan([str(source)], tmp_path, model, unit=1)
+    now, order = [0.0], [1, 2, 6, 3, 5, 4, 0]  # the first that rank 0 looks for comes last
+
+    def sleep(seconds: float) -> None:
+        now[0] += 0.4 * local.PATIENCE
+        if now[0] > local.PATIENCE * (8 - len(order)) and order:
+            job.do(order.pop(0), model)
+
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(local.time, "sleep", sleep)
+    assert local.wait_for_parts(job, 0).images == 7
+    assert now[0] > 6 * local.PATIENCE
 
 
 def test_another_rank_with_another_model_is_refused(source: Path, tmp_path: Path) -> None:
