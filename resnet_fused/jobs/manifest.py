@@ -151,8 +151,15 @@ def first_difference(manifest: Manifest, found: Iterable[Found], root: str) -> s
         if old is None:
             return f"the sources have more than its {header.images} images, first {new.path}"
         before, now = os.path.join(header.root, old.path), os.path.join(root, new.path)
-        if old != new or before != now:
-            return f"image {i + 1} was {_name(before, old)} and is now {_name(now, new)}"
+        if old == new and before == now:
+            continue
+        if old.error == new.error and os.path.normpath(before) == os.path.normpath(now):
+            return (
+                f"image {i + 1}, {os.path.normpath(now)}, is spelt {new.path} now and was spelt "
+                f"{old.path} from {header.root}, and results carry names as they are spelt; spell "
+                "the sources as at the beginning"
+            )
+        return f"image {i + 1} was {_name(before, old)} and is now {_name(now, new)}"
     return None
 
 

@@ -122,3 +122,16 @@ def test_wrong_arguments(source: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}"):
                 jobs.plan([str(source)], tmp_path / "out", MODEL, **{name: value})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_another_spelling_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a resumed job is refused because an image "was X and is now X"."""
+    source = photos(tmp_path / "photos", 2)
+    monkeypatch.chdir(tmp_path)
+    job = jobs.plan(["photos"], tmp_path / "out", MODEL)
+    for spelt in (str(source), "./photos"):
+        with pytest.raises(ValueError, match="spell the sources as at the beginning") as refused:
+            jobs.plan([spelt], tmp_path / "out", MODEL, resume=True)
+        text = str(refused.value)
+        assert f"is spelt {spelt}/000.png now and was spelt photos/000.png from {tmp_path}" in text
+    assert jobs.plan(["photos"], tmp_path / "out", MODEL, resume=True).header == job.header
