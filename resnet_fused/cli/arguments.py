@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,38 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def count(text: str) -> int:
+    """Read an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Read `5%` or `5` as 0.05."""
+    value = _number(text.removesuffix("%"))
+    if value is None or value < 0:
+        raise argparse.ArgumentTypeError(f"must be a percentage such as 5%, got {text!r}")
+    return value / 100
+
+
+def three_numbers(text: str) -> tuple[float, ...]:
+    """Read `0.5,0.5,0.5`."""
+    values = [value for part in text.split(",") if (value := _number(part)) is not None]
+    if len(values) != 3 or text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"must be three numbers such as 0.5,0.5,0.5, got {text!r}")
+    return tuple(values)
+
+
+def _number(text: str) -> float | None:
+    """Read a finite number; None if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def why_unwritable(

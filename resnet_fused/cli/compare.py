@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from resnet_fused.bench import timing_files
 from resnet_fused.bench.differences import Differences, settings_lines
+from resnet_fused.cli.arguments import count, share
 from resnet_fused.predict import differences as predictions
 
 OK, WRONG_USE, WORSE = 0, 1, 2
@@ -43,21 +43,6 @@ examples:
 """
 
 
-def _share(text: str) -> float:
-    """Read `5%` or `5` as 0.05."""
-    value = float(text.removesuffix("%"))
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a percentage such as 5%, got {text}")
-    return value / 100
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
-
-
 def add_parser(subparsers: Any) -> None:
     """Add the `compare` command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
@@ -72,13 +57,13 @@ def add_parser(subparsers: Any) -> None:
     add("b", type=Path, metavar="B", help="the file that is judged")
     add(
         "--fail-slower",
-        type=_share,
+        type=share,
         metavar="PERCENT",
         help="exit code 2 if a row of B is slower by more than this and by more than the noise",
     )
     add(
         "--fail-flips",
-        type=_count,
+        type=count,
         metavar="N",
         help="exit code 2 if more than N images have another best class, or one is not in B",
     )

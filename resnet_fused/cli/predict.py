@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from resnet_fused.cli import job
-from resnet_fused.cli.arguments import positive
+from resnet_fused.cli.arguments import count, positive, three_numbers
 from resnet_fused.models.weights import resolve
 from resnet_fused.predict import pipeline, sources, writer
 from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
@@ -124,7 +124,7 @@ def add_parser(subparsers: Any) -> None:
         "local)",
     )
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("--max-errors", type=int, metavar="N", help="stop when more than N images have failed")
+    add("--max-errors", type=count, metavar="N", help="stop when more than N images have failed")
     add("--quiet", action="store_true", help="only errors on stderr")
     add_preprocessing(parser)
 
@@ -137,8 +137,8 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=positive, metavar="N", help="length of the shorter side")
     add("--crop", type=positive, metavar="N", help="side of the centre crop")
     add("--interpolation", choices=INTERPOLATIONS)
-    add("--mean", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
-    add("--std", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
+    add("--mean", type=three_numbers, metavar="R,G,B", help="of values in [0, 1]")
+    add("--std", type=three_numbers, metavar="R,G,B", help="of values in [0, 1]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -242,10 +242,3 @@ def _show(bar: Any, tally: pipeline.Tally) -> None:
 def _fail(message: str) -> int:
     print(f"resnet-fused predict: error: {message}", file=sys.stderr)
     return STOPPED
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"must be three numbers such as 0.5,0.5,0.5, got {text}")
-    return values
