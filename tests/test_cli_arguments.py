@@ -27,6 +27,8 @@ THREE = "must be three numbers such as 0.5,0.5,0.5, got"
             "--fail-flips: must be an integer of at least 0, got '1.5'",
         ),
         ("compare a b --fail-flips=-1", "--fail-flips: must be an integer of at least 0, got '-1'"),
+        ("bench --scenario server --rate fast", "--rate: must be above 0, got 'fast'"),
+        ("bench --scenario server --rate=-1", "--rate: must be above 0, got '-1'"),
         ("predict x --max-errors=-1", "--max-errors: must be an integer of at least 0, got '-1'"),
         ("predict x --max-errors no", "--max-errors: must be an integer of at least 0, got 'no'"),
         ("predict x --mean a,b,c", f"--mean: {THREE} 'a,b,c'"),

@@ -27,7 +27,7 @@ def count(text: str) -> int:
 
 def share(text: str) -> float:
     """Read `5%` or `5` as 0.05."""
-    value = _number(text.removesuffix("%"))
+    value = finite(text.removesuffix("%"))
     if value is None or value < 0:
         raise argparse.ArgumentTypeError(f"must be a percentage such as 5%, got {text!r}")
     return value / 100
@@ -35,13 +35,13 @@ def share(text: str) -> float:
 
 def three_numbers(text: str) -> tuple[float, ...]:
     """Read `0.5,0.5,0.5`."""
-    values = [value for part in text.split(",") if (value := _number(part)) is not None]
+    values = [value for part in text.split(",") if (value := finite(part)) is not None]
     if len(values) != 3 or text.count(",") != 2:
         raise argparse.ArgumentTypeError(f"must be three numbers such as 0.5,0.5,0.5, got {text!r}")
     return tuple(values)
 
 
-def _number(text: str) -> float | None:
+def finite(text: str) -> float | None:
     """Read a finite number; None if it is none."""
     try:
         value = float(text)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from resnet_fused.bench import loadgen, scenarios, subjects
 from resnet_fused.bench.loadgen import SCENARIOS
 from resnet_fused.bench.results import Setting
 from resnet_fused.bench.scenarios import Found, Plan
+from resnet_fused.cli.arguments import finite
 
 LOAD_ONLY = ("rate", "wait", "duration", "logs")
 TIMES_ONLY = ("budget_s", "no_compile", "plot")
@@ -22,9 +22,9 @@ INTERRUPTED = 130
 
 
 def _above_0(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    value = finite(text)
+    if value is None or value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
     return value
 
 
