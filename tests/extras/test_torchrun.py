@@ -118,8 +118,8 @@ def test_waiting_goes_on_while_parts_appear(
         if now[0] > local.PATIENCE * (8 - len(order)) and order:
             job.do(order.pop(0), model)
 
-    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(local.time, "sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", sleep)
     assert local.wait_for_parts(job, 0).images == 7
     assert now[0] > 6 * local.PATIENCE
 
