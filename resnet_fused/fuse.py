@@ -111,12 +111,12 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
         y = plan.run(self, convs, *args)  # type: ignore[misc]
         return as_eager(y, args[0], lambda: first_weight(self))
 
-    forward.takes_bytes = True  # type: ignore[attr-defined]
     names = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "fused_from": cls,
         "forward": forward,
+        "_way_of_bytes": {"forward": forward},
     }
     mixin = PlannedGraph if issubclass(cls, fx.GraphModule) else Planned
     metaclass: Any = type(cls)

@@ -50,8 +50,16 @@ def with_floats(
 
 
 def takes_bytes(module: nn.Module) -> bool:
-    """True if the forward of ``module`` looks for ``NAME`` itself."""
-    return getattr(type(module).forward, "takes_bytes", False)
+    """True if ``module`` itself looks for ``NAME``, before anybody else's code sees bytes."""
+    cls = type(module)
+    cls = cls.__dict__.get("graphed_from", cls)
+    way: dict[str, Any] = getattr(cls, "_way_of_bytes", {})
+    if not way:
+        return False
+    for name, function in way.items():
+        if name in module.__dict__ or getattr(cls, name) is not function:
+            return False
+    return True
 
 
 def keep_norm(module: nn.Module, copy: nn.Module) -> None:

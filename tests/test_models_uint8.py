@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,7 @@ def test_keys_copies_and_pickles() -> None:
     want = told(model)(X)
     assert list(model.state_dict()) == keys and [n for n, _ in model.named_modules()] == names
     assert not model._forward_pre_hooks
+    assert not told(resnet_fused.graphed(small()))._forward_pre_hooks
     model.load_state_dict(small().state_dict())
     for again in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(again(X), want)
@@ -174,6 +176,28 @@ def test_a_subclass_with_a_forward_of_its_own() -> None:
 
     model = small()
     model.__class__ = Brighter
+    told(model)
+    assert torch.equal(model(X), model(floats()))
+
+
+@pytest.mark.parametrize("name", ["forward", "_forward_impl", "forward_features", "_stem"])
+@pytest.mark.parametrize("whose", ["class", "instance", "wrapped"])
+@torch.no_grad()
+def test_own_code_before_the_stem(name: str, whose: str) -> None:
+    """Breaks if somebody's code between a call and the stem gets bytes."""
+    own = getattr(ResNet, name)
+
+    def brighter(self: ResNet, x: Tensor) -> Tensor:
+        y: Tensor = own(self, 1.5 * x)
+        return y
+
+    model = small()
+    if whose == "instance":
+        setattr(model, name, functools.partial(brighter, model))
+    else:
+        function = functools.wraps(own)(brighter) if whose == "wrapped" else brighter
+        model.__class__ = type("Brighter", (ResNet,), {name: function})
+    assert not torch.equal(model(floats()), small()(floats()))
     told(model)
     assert torch.equal(model(X), model(floats()))
 

@@ -228,7 +228,8 @@ class ResNet(Fused, nn.Module):
         """
         return self._forward_impl(x)
 
-    forward.takes_bytes = True  # type: ignore[attr-defined]
+    # From a call to the stem, which looks for the norm: see uint8.takes_bytes.
+    _way_of_bytes = {f.__name__: f for f in (forward, _forward_impl, forward_features, _stem)}
 
 
 def _resnet(
