@@ -210,6 +210,21 @@ def test_an_error_too_small_to_flip_anything_still_fails(
     assert code == 1 and "(0 flips)" in out and "FAIL" in out
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_path_of_bytes_is_seen(
+    dtype: str, squares: Squares, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if the fused model is given floats here, where predict gives it bytes."""
+    right = ops.stem
+
+    def wrong(x: Tensor, *args: Any) -> Tensor:
+        return right(255 - x if x.dtype is torch.uint8 else x, *args)
+
+    monkeypatch.setattr(ops, "stem", wrong)
+    code, out, _ = check("--images", squares.folder, "--dtype", dtype)
+    assert code == 1 and "FAIL" in out
+
+
 def test_broken_images_are_listed_and_counted(squares: Squares, check: Any, tmp_path: Path) -> None:
     """Breaks if a broken file ends the check, shifts its batch, or goes unsaid."""
     files = sorted(map(str, squares.folder.rglob("*.png")))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The fused model beside plain PyTorch on a user's own images: accuracy, flips, errors of logits.
 
-Every batch goes through the fused model, through eager PyTorch with the same weights in the same
-dtype, and, if that is below float32, through eager in float32 with the same rounded weights and
-images. The last tells whose fault a difference is. Memory holds counts and two batches.
+Every batch goes through the predictor as `predict` runs it, with images as bytes where its model
+takes them; as floats through eager PyTorch with the same weights in the same dtype; and, if that is
+below float32, through eager in float32 with the same rounded weights and images. The last tells
+whose fault a difference is. Memory holds counts and two batches.
 """
 
 from __future__ import annotations
@@ -122,24 +123,33 @@ class Rivals:
     """
 
     def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
         fused: Any = predictor.model
         if isinstance(fused, models.ResNet):
             eager: nn.Module = subjects.plain(fused)
         else:
             eager = unfuse(copy.deepcopy(fused))
-        self.calls: dict[str, nn.Module] = {FUSED: fused, EAGER: eager}
+        self.calls: dict[str, nn.Module] = {EAGER: eager}
         if predictor.dtype != torch.float32:
             self.calls[EXACT] = copy.deepcopy(eager).float()
         self.judge = EXACT if EXACT in self.calls else EAGER
         self.dtype = predictor.dtype
 
     @torch.inference_mode()
-    def logits(self, x: Tensor) -> dict[str, Tensor]:
-        """Run a batch; float64 logits on the CPU, [N, classes], by name."""
-        return {
-            name: net(x.float() if name == EXACT else x).double().cpu()
-            for name, net in self.calls.items()
-        }
+    def logits(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Run a batch as the predictor does, and as floats through the others.
+
+        Args:
+            pixels: uint8, shape [N, crop, crop, 3], on the predictor's device.
+
+        Returns:
+            float64 logits on the CPU, [N, classes], by name.
+        """
+        found = {FUSED: self.predictor.logits(pixels)}
+        x = normalise(pixels, self.predictor.prep, self.dtype)
+        for name, net in self.calls.items():
+            found[name] = net(x.float() if name == EXACT else x)
+        return {name: y.double().cpu() for name, y in found.items()}
 
     def bound(self, eager_error: float) -> float:
         """Give the relative error that the fused logits may have.
@@ -314,7 +324,7 @@ def _compare(
     logits: dict[str, Tensor] = {}
     if good:
         pixels = torch.stack(good).to(predictor.device)
-        logits = tally.rivals.logits(normalise(pixels, predictor.prep, predictor.dtype))
+        logits = tally.rivals.logits(pixels)
     row = 0
     for item, target in batch:
         error = item.error

@@ -243,12 +243,21 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, pixels: Sequence[Tensor]) -> tuple[list[list[float]], list[list[int]]]:
         """Softmax probabilities and class indices, best first, of at least one image."""
-        logits = self._logits(torch.stack(tuple(pixels)).to(self.device))
+        logits = self.logits(torch.stack(tuple(pixels)).to(self.device))
         best = logits.float().softmax(1).topk(self.top, dim=1)
         return best.values.tolist(), best.indices.tolist()
 
-    def _logits(self, pixels: Tensor) -> Tensor:
-        """The model's output for uint8 pixels [N, crop, crop, 3]."""
+    @torch.inference_mode()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """The model's output for images that are resized and cropped.
+
+        Args:
+            pixels: uint8, shape [N, crop, crop, 3], on the model's device. A model that was told
+                this preprocessing's mean and std gets the bytes.
+
+        Returns:
+            What the model returns: logits, shape [N, classes].
+        """
         norm = self.model.__dict__.get(NAME)
         if norm is not None and norm == InputNorm(self.prep.mean, self.prep.std):
             return self.model(pixels.permute(0, 3, 1, 2))
@@ -259,7 +268,7 @@ class Predictor:
         """Ask the model, which also shows early that it can be run at all."""
         side = self.prep.crop
         black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)
-        logits = self._logits(black)
+        logits = self.logits(black)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits of shape [N, classes], got {got} for N = 1")
