@@ -31,10 +31,21 @@ def to_floats(module: nn.Module, norm: InputNorm | None, x: Any) -> Any:
         return x
     if norm is None:
         raise ValueError(UNTOLD)
-    dtypes = [(p.dim(), p.dtype) for p in module.parameters() if p.is_floating_point()]
-    dtypes.append((0, torch.float32))
-    dtype = next((dtype for dim, dtype in dtypes if dim == 4), dtypes[0][1])
-    return normalise(x, norm.tensor(x), input_dtype(x, dtype))
+    return normalise(x, norm.tensor(x), input_dtype(x, _dtype(module)))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the first convolution's weight, else of the first weight, else float32."""
+    first = None
+    for m in module.modules():
+        # A replica of nn.DataParallel's has no parameters, but the tensors as plain attributes. Not
+        # m.weight, which may be a property that computes.
+        for p in (*m._parameters.values(), m.__dict__.get("weight")):
+            if isinstance(p, Tensor) and p.is_floating_point():
+                if p.dim() == 4:
+                    return p.dtype
+                first = first or p.dtype
+    return first or torch.float32
 
 
 def with_floats(

@@ -215,6 +215,34 @@ def test_within_another_module() -> None:
     assert torch.equal(nn.DataParallel(inner)(X), inner(X))
 
 
+def _replica(model: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes them on GPUs."""
+    made: Any = model._replicate_for_data_parallel()
+    for name, child in model._modules.items():
+        if child is not None:
+            made._modules[name] = _replica(child)
+    for name, p in model._parameters.items():
+        if p is None:
+            made._parameters[name] = None
+        else:
+            setattr(made, name, p.detach())
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("own", [True, False])
+@torch.no_grad()
+def test_replicas_of_data_parallel(dtype: torch.dtype, own: bool) -> None:
+    """Breaks if the images' dtype is taken from parameters, which a replica has not."""
+    model = small().to(dtype)
+    told(model if own else model.conv1)
+    if own:
+        _hook(model)  # a plain stem, which is normalised before
+    module = _replica(model if own else model.conv1)
+    assert not list(module.parameters())
+    assert torch.equal(module(X), module(floats(dtype)))
+
+
 def test_verify_on_bytes() -> None:
     """Breaks if verify cannot judge calls on bytes."""
     assert resnet_fused.verify(told(small()), X)[0].op == "stem"
