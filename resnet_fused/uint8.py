@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +52,11 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def with_floats(
     module: nn.Module, norm: InputNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with ``to_floats`` of the first, or of the first tensor by name."""
+    """The arguments of a call with ``to_floats`` of the forward's first, also if given by name."""
     if args:
         return (to_floats(module, norm, args[0]), *args[1:]), kwargs
-    images = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
-    if images is None:
+    images = next(iter(inspect.signature(module.forward).parameters), "") if kwargs else ""
+    if images not in kwargs:
         return args, kwargs
     return args, {**kwargs, images: to_floats(module, norm, kwargs[images])}
 

@@ -150,6 +150,29 @@ def test_images_by_name_behind_an_option() -> None:
 
 
 @torch.no_grad()
+def test_other_bytes_by_name() -> None:
+    """Breaks if bytes that are no images are normalised for coming first in a call by names."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make()
+
+        def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+            assert mask.dtype is torch.uint8
+            y: Tensor = self.net(pixels * mask)
+            return y
+
+    mask = (X > 99).byte()
+    for model in (told(Masked().eval()), fuse(told(Masked().eval()))):
+        want = model(floats(), mask)
+        assert torch.equal(model(mask=mask, pixels=X), want)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(mask=mask, pixels=X), want)
+        assert torch.equal(model(mask=mask, pixels=floats()), want)
+
+
+@torch.no_grad()
 def test_without_a_norm() -> None:
     """Breaks if bytes are computed with as if they were normalised, or the error helps nobody; or
     a model that takes bytes by itself is disturbed.
