@@ -87,7 +87,9 @@ def _fused_graph(module: nn.Module) -> nn.Module:
 
 
 def _unpickled_graph(function: Any, args: Any) -> nn.Module:
-    return _fused_graph(function(*args))
+    made = _fused_graph(function(*args))
+    keep_norm(made, made)  # its hook is lost
+    return made
 
 
 _CLASSES: WeakValueDictionary[type, type[nn.Module]] = WeakValueDictionary()
@@ -220,6 +222,7 @@ def fuse_in_place(model: nn.Module) -> None:
         if plan.run is not None and id(module) not in parts and not is_planned(module):
             module._fuse_plan = plan  # type: ignore[assignment]
             module.__class__ = _planned_class(type(module))
+            keep_norm(module, module)
     for module in model.modules():
         if id(module) in parts:
             _restore(module)

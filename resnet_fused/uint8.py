@@ -74,10 +74,21 @@ def takes_bytes(module: nn.Module) -> bool:
     return True
 
 
+def _needs_hook(model: nn.Module) -> bool:
+    # What fuse() gave a module, unfuse() takes away.
+    return not takes_bytes(model) or "fused_from" in type(ungraphed(model)).__dict__
+
+
 def keep_norm(module: nn.Module, copy: nn.Module) -> None:
-    """Tell a copy what ``module`` was told; torch.fx.GraphModule's forget attributes and hooks."""
+    """Tell a copy what ``module`` was told; torch.fx.GraphModule's forget attributes and hooks.
+
+    ``copy`` may be ``module``: it is one, then, that forgot its hook alone.
+    """
     norm = module.__dict__.get(NAME)
-    if norm is not None and NAME not in copy.__dict__:
+    if norm is None:
+        return
+    hooked = any(isinstance(hook, BeforeForward) for hook in copy._forward_pre_hooks.values())
+    if NAME not in copy.__dict__ or (_needs_hook(copy) and not hooked):
         set_input_norm(copy, norm.mean, norm.std)
 
 
@@ -138,7 +149,6 @@ def set_input_norm(
     for p in model.parameters():
         norm.tensor(p)  # before torch.compile or a CUDA graph comes across it
         break
-    # What fuse() gave a module, unfuse() takes away.
-    if not takes_bytes(model) or "fused_from" in type(ungraphed(model)).__dict__:
+    if _needs_hook(model):
         model.register_forward_pre_hook(BeforeForward(norm), prepend=True, with_kwargs=True)
     return model

@@ -224,6 +224,33 @@ def test_a_graph_module() -> None:
         torch.testing.assert_close(model(X), fused(floats()), rtol=1e-5, atol=1e-5)
 
 
+def _pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda graph: _pickled(fuse(graph)),
+        lambda graph: copy.deepcopy(_pickled(fuse(graph))),
+        lambda graph: fuse(_pickled(graph)),
+        lambda graph: fuse(_pickled(graph), inplace=True),
+    ],
+)
+@torch.no_grad()
+def test_a_graph_module_that_lost_its_hook(copied: Any) -> None:
+    """Breaks if what torch.fx leaves of the norm, the attribute without the hook, is taken for all
+    of it: fused it works, and after unfuse() no more.
+    """
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    ).eval()
+    model = copied(told(fx.symbolic_trace(net)))
+    assert torch.equal(model(X), model(floats()))
+    assert len(model._forward_pre_hooks) == 1
+    assert torch.equal(unfuse(model)(X), net(floats()))
+
+
 def test_gradients() -> None:
     """Breaks if parameters get other gradients from bytes."""
     grads = []
