@@ -19,7 +19,6 @@
 namespace py = pybind11;
 
 namespace resnet_fused {
-
 #define RESNET_FUSED_MAYBE __attribute__((weak, visibility("hidden")))
 // Weak: a library of one kernel, such as one with a seeded defect, links without the others.
 RESNET_FUSED_MAYBE int launch_add_relu_cuda(const AddReluParams& p, void* stream);
