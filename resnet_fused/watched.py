@@ -24,7 +24,7 @@ from resnet_fused.fusion.units import child
 from resnet_fused.modules import Fused
 from resnet_fused.ops.conv_bn import autocast, most_groups
 from resnet_fused.ops.stem import of_floats
-from resnet_fused.uint8 import BeforeForward
+from resnet_fused.uint8 import BeforeForward, keep_norm
 
 
 class Trial(Protocol):
@@ -114,8 +114,11 @@ def watched_class(cls: type[nn.Module], watched: Any) -> type[nn.Module]:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy in eval mode, without the user's hooks, which may record what they see."""
+    before = dict(model.named_modules())
     model = copy.deepcopy(model).eval()
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if path in before:
+            keep_norm(before[path], module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 own = isinstance(hook, BeforeForward)

@@ -267,6 +267,7 @@ def test_verify_on_bytes() -> None:
     found = resnet_fused.verify(fuse(model), X)
     assert [stage.op for stage in found] == ALL
     fuse(model, verify=X)
+    fuse(told(fx.symbolic_trace(make())), verify=X)
 
 
 def test_graphed(cuda: Any) -> None:
