@@ -208,4 +208,4 @@ def normalise(pixels: Tensor, prep: Preprocessing, dtype: torch.dtype) -> Tensor
         Shape [N, 3, H, W], channels_last, on the device of ``pixels``.
     """
     norm = InputNorm(prep.mean, prep.std).tensor(pixels)
-    return input_norm.normalise(pixels.permute(0, 3, 1, 2), norm, dtype)
+    return input_norm.normalise(pixels.contiguous().permute(0, 3, 1, 2), norm, dtype)
