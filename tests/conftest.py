@@ -93,5 +93,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _defaults() -> None:
+    """The same random numbers for every test, and float32 that is float32, whatever ran before."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
