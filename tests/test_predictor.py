@@ -350,3 +350,12 @@ def test_import_loads_no_image_library() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=HERE)
     assert done.returncode == 0, done.stderr
+
+
+def test_preprocessing_by_field(weights: str) -> None:
+    """Breaks if fields change what the weights do not name, or None overrides something."""
+    fields = {"resize": 40, "crop": 33, "mean": None}
+    named = Predictor("resnet18", weights, preprocessing=fields).prep
+    assert (named.resize, named.crop) == (40, 33) and named.mean == Preprocessing().mean
+    with pytest.raises(ValueError, match="crop must be from 1 to resize"):
+        Predictor("resnet18", "random", preprocessing={"crop": 300})

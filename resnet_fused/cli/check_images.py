@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Iterable
 
-from PIL import Image
 from tqdm import tqdm
 
 from resnet_fused.cli import predict
 from resnet_fused.cli.arguments import positive
-from resnet_fused.models.weights import resolve
 from resnet_fused.predict import agreement, pipeline, sources
 from resnet_fused.predict.agreement import Labelled
 from resnet_fused.predict.predictor import DTYPES, Predictor
-from resnet_fused.predict.preprocess import preprocessing_of
 
 ONLY_HERE = ("weights", "labels", "batch_size", *predict.PREPROCESSING)
 OK, WRONG, SOME_FAILED = 0, 1, 2
@@ -61,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         1 if the fused logits are too far off or an argument is wrong, else 2 if images failed.
     """
-    # What Pillow warns about is either harmless or becomes an image's error.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    predict.ignore_pillow()
     images: Iterable[Labelled]
     try:
         if args.images is not None:
@@ -97,23 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _predictor(args: argparse.Namespace) -> Predictor:
     """Load the model and say on stderr what will be used."""
-    name = (args.model or ["resnet50"])[0]
-    dtype = (args.dtype or ["fp32"])[0]
-    changes = {option: getattr(args, option) for option in predict.PREPROCESSING}
-    named = args.weights not in (None, "random")
-    weights = resolve(args.weights, name) if named else None
     predictor = Predictor(
-        name,
+        (args.model or ["resnet50"])[0],
         args.weights,
-        preprocessing=preprocessing_of(weights, **changes),
-        dtype=dtype,
+        preprocessing={name: getattr(args, name) for name in predict.PREPROCESSING},
+        dtype=(args.dtype or ["fp32"])[0],
         device=args.device,
         labels=args.labels,
         progress=True,
     )
-    print(
-        f"model: {name}, weights {args.weights}, {dtype} on {args.device}\n"
-        f"preprocessing: {predictor.prep}",
-        file=sys.stderr,
-    )
+    predict.announce(args.weights, predictor)
     return predictor

@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from resnet_fused.cli import job
 from resnet_fused.cli.arguments import count, positive, three_numbers
-from resnet_fused.models.weights import resolve
 from resnet_fused.predict import pipeline, sources, writer
 from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
-from resnet_fused.predict.preprocess import INTERPOLATIONS, preprocessing_of
+from resnet_fused.predict.preprocess import INTERPOLATIONS
 
 PREPROCESSING = ("resize", "crop", "interpolation", "mean", "std")
 OK, STOPPED, SOME_FAILED = 0, 1, 2
@@ -143,9 +142,7 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Classify the images; returns the exit code."""
-    # What Pillow warns about is either harmless or becomes an error in the image's row.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    ignore_pillow()
     try:
         where = job.place()
         folder = job.folder_of(args, where)
@@ -189,6 +186,12 @@ def run(args: argparse.Namespace) -> int:
     return SOME_FAILED if tally.failed else OK
 
 
+def ignore_pillow() -> None:
+    """What Pillow warns about is either harmless or becomes an error of the image."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 def _run_job(args: argparse.Namespace, folder: str, predictor: Predictor, where: job.Place) -> int:
     try:
         failed = job.run(args, folder, predictor, where)
@@ -200,16 +203,10 @@ def _run_job(args: argparse.Namespace, folder: str, predictor: Predictor, where:
 
 def _prepare(args: argparse.Namespace, where: job.Place) -> Predictor:
     """Load the model and say on stderr what will be used."""
-    changes = {name: getattr(args, name) for name in PREPROCESSING}
-    prep = None
-    if any(value is not None for value in changes.values()):
-        named = args.weights not in (None, "random")
-        weights = resolve(args.weights, args.model) if named else None
-        prep = preprocessing_of(weights, **changes)
     predictor = Predictor(
         args.model,
         args.weights,
-        preprocessing=prep,
+        preprocessing={name: getattr(args, name) for name in PREPROCESSING},
         dtype=args.dtype,
         device=where.device(args.device),
         threads=where.threads(args.threads),
@@ -218,15 +215,17 @@ def _prepare(args: argparse.Namespace, where: job.Place) -> Predictor:
         progress=not args.quiet and where.rank == 0,
     )
     if not args.quiet and where.rank == 0:
-        _announce(args, predictor)
+        announce(args.weights, predictor)
     return predictor
 
 
-def _announce(args: argparse.Namespace, predictor: Predictor) -> None:
+def announce(weights: str, predictor: Predictor) -> None:
+    """Say on stderr what will be used."""
     names = predictor.labels
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == predictor.dtype)
     labels = "none known; --labels FILE gives them" if names is None else f"{len(names)} names"
     print(
-        f"model: {args.model}, weights {args.weights}, {args.dtype} on {args.device}\n"
+        f"model: {predictor.name}, weights {weights}, {dtype} on {predictor.device}\n"
         f"preprocessing: {predictor.prep}\n"
         f"decoder: {predictor.decoder}\n"
         f"labels: {labels}",

@@ -44,7 +44,8 @@ class Predictor:
         weights: for a name: a ``.pth`` or ``.safetensors`` file, a torchvision weights enum or the
             name of one, "hf-hub:org/name[@revision]", or "random" (the same untrained model every
             time). For a module: None.
-        preprocessing: None for what the weights name.
+        preprocessing: None for what the weights name; fields of Preprocessing by name are what to
+            change in that, None leaves a field as it is.
         dtype: "fp32", "bf16" or "fp16"; that of the module's parameters where a module is given.
         device: "cpu", "cuda" or "cuda:N"; where the module's parameters are.
         threads: that decode and, on a CPU, that torch computes with, in the whole process; None for
@@ -62,7 +63,7 @@ class Predictor:
         model: str | nn.Module = "resnet50",
         weights: Any = None,
         *,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: Preprocessing | Mapping[str, Any] | None = None,
         dtype: str = "fp32",
         device: str | torch.device = "cpu",
         threads: int | None = None,
@@ -83,6 +84,7 @@ class Predictor:
         self.model: nn.Module
         if isinstance(model, str):
             weights = _weights(weights, model)
+            self.prep = _preprocessing(weights, preprocessing)
             self.name = model
             net: Any = _build(model, weights, progress)  # torch's annotations of to() lack this
             self.model = net.to(self.device, self.dtype, memory_format=torch.channels_last)
@@ -91,10 +93,10 @@ class Predictor:
                 raise ValueError(
                     "weights must be None where model is a module; load them into it first"
                 )
+            self.prep = _preprocessing(None, preprocessing)
             self.device = _check_module(model, self.dtype, self.device)
             self.name = fingerprint.name_of(model)
             self.model = model.eval()
-        self.prep = preprocessing_of(weights) if preprocessing is None else preprocessing
         if isinstance(model, str):  # its stem reads the bytes; a caller's module stays as it is
             set_input_norm(self.model, self.prep.mean, self.prep.std)
         self.classes = self._count_classes()
@@ -302,6 +304,12 @@ def _weights(weights: Any, model: str) -> Any:
             "tests"
         )
     return None if weights == "random" else resolve(weights, model)
+
+
+def _preprocessing(weights: Any, asked: Preprocessing | Mapping[str, Any] | None) -> Preprocessing:
+    if isinstance(asked, Preprocessing):
+        return asked
+    return preprocessing_of(weights, **(asked or {}))
 
 
 def _build(name: str, weights: Any, progress: bool) -> nn.Module:
