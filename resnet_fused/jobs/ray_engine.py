@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import platform
 import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,11 @@ class Worker:
     def do(self, unit: int) -> Tally:
         """Classify a unit's images and write its part."""
         tally = Tally()
-        self._job.do(unit, self._predictor, tally=tally)
+        try:
+            self._job.do(unit, self._predictor, tally=tally)
+        except ValueError as error:
+            package = Path(__file__).parents[1]
+            raise ValueError(f"{error}; here is {platform.node()}, with {package}") from None
         return tally
 
 
@@ -301,8 +307,28 @@ def _connected(ray: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with this_package_first():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def this_package_first() -> Iterator[None]:
+    """Around ``ray.init``, lets the actors import the package that this process runs.
+
+    Ray puts the working folder in front of the actors' import path; in a checkout, sources that
+    were never built would then stand for the package that is installed.
+    """
+    package = Path(__file__).parents[1]
+    here = Path.cwd()
+    if not (here / package.name).exists() or here == package.parent:
+        yield
+        return
+    os.chdir(package.parent)
+    try:
+        yield
+    finally:
+        os.chdir(here)

@@ -34,15 +34,25 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A node on this machine with room for one actor, and this process connected to it."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A node on this machine with room for one actor, and this process connected to it.
+
+    It is connected from a folder where another resnet_fused lies, as users do in a checkout.
+    """
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # leave no token in the user's home
         nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        checkout = tmp_path_factory.mktemp("checkout")
+        (checkout / "resnet_fused").mkdir()
+        (checkout / "resnet_fused/__init__.py").write_text("raise ImportError('not this one')\n")
+        with pytest.MonkeyPatch.context() as there:
+            there.chdir(checkout)
+            with ray_engine.this_package_first():
+                ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+            assert Path.cwd() == checkout
         # The actors of these tests are sent by value: no node can import this file.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         yield nodes
@@ -207,7 +217,7 @@ class Broken(ray_engine.Worker):
 @pytest.mark.parametrize(
     ("worker", "error", "message"),
     [
-        (Other, ValueError, "begun with something else.*labels: none there"),
+        (Other, ValueError, "begun with something else.*labels: none there.*here is .*resnet_fused"),
         (Broken, ChildProcessError, "actors do not start, 3 in a row; .*no torch here"),
     ],
 )
