@@ -44,10 +44,15 @@ struct PairWork {
   __device__ __forceinline__ int last_stages(int i) const { return i < 0 ? 0 : 1 + project_steps; }
 };
 
-// The ring of stages, the tiles between the convolutions, parts of outputs, scales and shifts (of
-// the first convolution, then of each source of the second), barriers.
 template <int kTile>
-struct PairShared : AlignedShared {
+using PairBarriers =
+    BlockBarriers<kWgmmaPairTiles[kTile].stages(), kWgmmaPairTiles[kTile].places, kWarpgroup / 32>;
+
+// The ring of stages, the tiles between the convolutions, parts of outputs, scales and shifts (of
+// the first convolution, then of each source of the second), barriers. Places are used one after
+// the other, whichever consumer's turn it is.
+template <int kTile>
+struct PairShared : AlignedShared, PairBarriers<kTile> {
   static constexpr WgmmaPairTile kShape = kWgmmaPairTiles[kTile];
   static constexpr int kStages = kShape.stages();
   static constexpr int kPlaces = kShape.places;
@@ -62,7 +67,8 @@ struct PairShared : AlignedShared {
   static_assert(kShape.rows * kStepBytes % kSwizzleBytes == 0 && kBarriers % 8 == 0);
   static_assert(kPanelColumns * kPairSize == kPanel, "a part is one panel");
 
-  using AlignedShared::AlignedShared;
+  __device__ __forceinline__ explicit PairShared(unsigned char* shared)
+      : AlignedShared(shared), PairBarriers<kTile>{address + kBarriers} {}
 
   __device__ __forceinline__ uint32_t pixels(int stage) const {
     return address + stage * kShape.stage_bytes();
@@ -92,36 +98,6 @@ struct PairShared : AlignedShared {
   }
   __device__ __forceinline__ float* last_affine() const {
     return first_affine() + 2 * kShape.middle;
-  }
-
-  // As in WgmmaShared; places are used one after the other, whichever consumer's turn it is.
-  __device__ __forceinline__ uint32_t full(int stage) const { return bar(stage); }
-  __device__ __forceinline__ uint32_t empty(int stage) const { return bar(kMostStages + stage); }
-  __device__ __forceinline__ uint32_t open(int place) const { return bar(2 * kMostStages + place); }
-  __device__ __forceinline__ uint32_t done(int place) const {
-    return bar(2 * kMostStages + kPlaces + place);
-  }
-  __device__ __forceinline__ uint32_t turn(int consumer) const {
-    return bar(2 * kMostStages + 2 * kPlaces + consumer);
-  }
-
-  __device__ __forceinline__ void make_barriers() const {
-    constexpr uint32_t kWarps = kWarpgroup / 32;
-    for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(full(i), 1);
-      ptx::barrier_init(empty(i), kWarps);
-    }
-    for (int i = 0; i < kPlaces; ++i) {
-      ptx::barrier_init(open(i), 1);
-      ptx::barrier_init(done(i), kWarps);
-    }
-    for (int i = 0; i < kConsumers; ++i) ptx::barrier_init(turn(i), kWarps);
-    ptx::barrier_init_fence();
-  }
-
- private:
-  __device__ __forceinline__ uint32_t bar(int index) const {
-    return address + kBarriers + index * 8;
   }
 };
 

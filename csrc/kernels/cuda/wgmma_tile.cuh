@@ -81,9 +81,52 @@ struct AlignedShared {
   }
 };
 
+// The barriers of a block. Where consumers arrive, one lane of each of their warps does: so no warp
+// can be a phase behind, in which a parity would mean another phase.
+template <int kStages, int kPlaces, int kArrivals>
+struct BlockBarriers {
+  uint32_t first_barrier;  // its shared address, on 8 bytes
+
+  // A stage is filled; it is free again.
+  __device__ __forceinline__ uint32_t full(int stage) const { return bar(stage); }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return bar(kMostStages + stage); }
+  // The place may be written, with the residual in it if there is one; the outputs are in it.
+  __device__ __forceinline__ uint32_t open(int place) const { return bar(2 * kMostStages + place); }
+  __device__ __forceinline__ uint32_t done(int place) const {
+    return bar(2 * kMostStages + kPlaces + place);
+  }
+  // It is this consumer's turn.
+  __device__ __forceinline__ uint32_t turn(int consumer) const {
+    return bar(2 * kMostStages + 2 * kPlaces + consumer);
+  }
+
+  // For one thread.
+  __device__ __forceinline__ void make_barriers() const {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::barrier_init(full(i), 1);
+      ptx::barrier_init(empty(i), kArrivals);
+    }
+    for (int i = 0; i < kPlaces; ++i) {
+      ptx::barrier_init(open(i), 1);
+      ptx::barrier_init(done(i), kArrivals);
+    }
+    for (int i = 0; i < kConsumers; ++i) ptx::barrier_init(turn(i), kWarpgroup / 32);
+    ptx::barrier_init_fence();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t bar(int index) const { return first_barrier + index * 8; }
+};
+
+// Of one convolution. Consumers that make a tile together both arrive.
+template <typename T, int kTile>
+using WgmmaBarriers =
+    BlockBarriers<kWgmmaTiles[kTile].stages(sizeof(T)), kWgmmaTiles[kTile].places(),
+                  (kWgmmaTiles[kTile].together ? kConsumers : 1) * kWarpgroup / 32>;
+
 // The ring of stages (rows of pixels, rows of filters), outputs, scales and shifts, barriers.
 template <typename T, int kTile>
-struct WgmmaShared : AlignedShared {
+struct WgmmaShared : AlignedShared, WgmmaBarriers<T, kTile> {
   static constexpr WgmmaTile kShape = kWgmmaTiles[kTile];
   static constexpr int kSize = sizeof(T);
   static constexpr int kStages = kShape.stages(kSize);
@@ -100,7 +143,8 @@ struct WgmmaShared : AlignedShared {
   static_assert(kShape.rows * kStepBytes % kSwizzleBytes == 0);
   static_assert(kShape.rows * kPanel % kSwizzleBytes == 0, "panels begin a pattern");
 
-  using AlignedShared::AlignedShared;
+  __device__ __forceinline__ explicit WgmmaShared(unsigned char* shared)
+      : AlignedShared(shared), WgmmaBarriers<T, kTile>{address + kBarriers} {}
 
   __device__ __forceinline__ uint32_t pixels(int stage) const {
     return address + stage * kShape.stage_bytes();
@@ -117,41 +161,6 @@ struct WgmmaShared : AlignedShared {
   __device__ __forceinline__ float* affine(int consumer) const {
     return reinterpret_cast<float*>(begin + kAffine) +
            consumer * kShape.sources * kShape.columns * 2;
-  }
-
-  // A stage is filled; it is free again.
-  __device__ __forceinline__ uint32_t full(int stage) const { return bar(stage); }
-  __device__ __forceinline__ uint32_t empty(int stage) const { return bar(kMostStages + stage); }
-  // The place may be written, with the residual in it if there is one; the outputs are in it.
-  __device__ __forceinline__ uint32_t open(int place) const { return bar(2 * kMostStages + place); }
-  __device__ __forceinline__ uint32_t done(int place) const {
-    return bar(2 * kMostStages + kPlaces + place);
-  }
-  // It is this consumer's turn.
-  __device__ __forceinline__ uint32_t turn(int consumer) const {
-    return bar(2 * kMostStages + 2 * kPlaces + consumer);
-  }
-
-  // One thread makes the barriers. Where consumers arrive, one lane of each of their warps does: so
-  // no warp can be a phase behind, in which a parity would mean another phase.
-  __device__ __forceinline__ void make_barriers() const {
-    constexpr uint32_t kWarps = kWarpgroup / 32;
-    constexpr uint32_t kArrivals = kShape.together ? kConsumers * kWarps : kWarps;
-    for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(full(i), 1);
-      ptx::barrier_init(empty(i), kArrivals);
-    }
-    for (int i = 0; i < kPlaces; ++i) {
-      ptx::barrier_init(open(i), 1);
-      ptx::barrier_init(done(i), kArrivals);
-    }
-    for (int i = 0; i < kConsumers; ++i) ptx::barrier_init(turn(i), kWarps);
-    ptx::barrier_init_fence();
-  }
-
- private:
-  __device__ __forceinline__ uint32_t bar(int index) const {
-    return address + kBarriers + index * 8;
   }
 };
 
