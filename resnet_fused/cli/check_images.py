@@ -14,8 +14,9 @@ from resnet_fused.cli.arguments import positive
 from resnet_fused.predict import agreement, pipeline, sources
 from resnet_fused.predict.agreement import Labelled
 from resnet_fused.predict.predictor import DTYPES, Predictor
+from resnet_fused.predict.preprocess import FIELDS
 
-ONLY_HERE = ("weights", "labels", "batch_size", *predict.PREPROCESSING)
+ONLY_HERE = ("weights", "labels", "batch_size", *FIELDS)
 OK, WRONG, SOME_FAILED = 0, 1, 2
 
 
@@ -94,7 +95,7 @@ def _predictor(args: argparse.Namespace) -> Predictor:
     predictor = Predictor(
         (args.model or ["resnet50"])[0],
         args.weights,
-        preprocessing={name: getattr(args, name) for name in predict.PREPROCESSING},
+        preprocessing={name: getattr(args, name) for name in FIELDS},
         dtype=(args.dtype or ["fp32"])[0],
         device=args.device,
         labels=args.labels,

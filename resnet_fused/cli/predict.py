@@ -15,9 +15,8 @@ from resnet_fused.cli import job
 from resnet_fused.cli.arguments import count, positive, three_numbers
 from resnet_fused.predict import pipeline, sources, writer
 from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
-from resnet_fused.predict.preprocess import INTERPOLATIONS
+from resnet_fused.predict.preprocess import FIELDS, INTERPOLATIONS
 
-PREPROCESSING = ("resize", "crop", "interpolation", "mean", "std")
 OK, STOPPED, SOME_FAILED = 0, 1, 2
 
 DESCRIPTION = f"""\
@@ -206,7 +205,7 @@ def _prepare(args: argparse.Namespace, where: job.Place) -> Predictor:
     predictor = Predictor(
         args.model,
         args.weights,
-        preprocessing={name: getattr(args, name) for name in PREPROCESSING},
+        preprocessing={name: getattr(args, name) for name in FIELDS},
         dtype=args.dtype,
         device=where.device(args.device),
         threads=where.threads(args.threads),

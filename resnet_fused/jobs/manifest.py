@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from resnet_fused.jobs import files
 from resnet_fused.predict.sources import Found
+from resnet_fused.predict.writer import METADATA
 
 NAME = "_manifest.parquet"
-KEY = "resnet_fused"
 FORMAT = "1"
 LARGEST_UNIT = 10_000_000  # images; its names are in memory at once
 # Names as the bytes they have on disk, because they need not be UTF-8.
@@ -90,7 +90,7 @@ def write(folder: Path, header: Header, found: Iterable[Found]) -> Header:
             digest.update(repr((names, errors)).encode())
             images += len(group)
         complete = replace(header, images=images, sha256=digest.hexdigest())
-        writer.add_key_value_metadata({KEY: json.dumps(asdict(complete))})
+        writer.add_key_value_metadata({METADATA: json.dumps(asdict(complete))})
     return complete
 
 
@@ -113,8 +113,8 @@ class Manifest:
         path = folder / NAME
         try:
             self._file = pq.ParquetFile(path)
-            text = (self._file.schema_arrow.metadata or {}).get(KEY.encode())
-            content = json.loads(text or self._file.metadata.metadata[KEY.encode()])
+            text = (self._file.schema_arrow.metadata or {}).get(METADATA.encode())
+            content = json.loads(text or self._file.metadata.metadata[METADATA.encode()])
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']}, not {FORMAT}")
             self.header = Header(**content)

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resnet_fused.jobs.manifest import KEY, Header
-from resnet_fused.predict.writer import Prediction
+from resnet_fused.jobs.manifest import Header
+from resnet_fused.predict.writer import METADATA, Prediction
 
 ROWS = 10_000  # per row group, so that a large unit is not in memory as a whole
 SCHEMA = pa.schema(
@@ -95,7 +95,7 @@ class PartWriter:
             "failed": self.failed,
             "fingerprint": self._header.fingerprint,
         }
-        self._writer.add_key_value_metadata({KEY: json.dumps(about)})
+        self._writer.add_key_value_metadata({METADATA: json.dumps(about)})
         self._writer.close()
 
     def _write_rows(self) -> None:
@@ -118,7 +118,7 @@ def read(path: Path, header: Header, unit: int) -> Part:
     with open(path, "rb") as file:
         try:
             metadata = pq.read_metadata(file)
-            about = json.loads((metadata.metadata or {}).get(KEY.encode(), b"null"))
+            about = json.loads((metadata.metadata or {}).get(METADATA.encode(), b"null"))
         except (OSError, ValueError) as error:  # what pyarrow raises
             raise Damaged(str(error)) from error
     if about is None or (about["job"], about["unit"]) != (header.sha256, unit):

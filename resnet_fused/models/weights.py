@@ -201,6 +201,11 @@ def build(
     state = read(source) if isinstance(source, Path) else _fetch(source, progress)
     fc = state.get("fc.weight")
     if fc is not None and fc.dim() == 2:
+        if names is not None and len(names) != fc.shape[0]:
+            raise ValueError(
+                f"weights {source} name {len(names)} classes and have a last layer of "
+                f"{fc.shape[0]}; pass the path of their file instead, with labels of your own"
+            )
         fix(kwargs, "num_classes", fc.shape[0])
     net = make(**kwargs)
     load(net, state, source)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_fused.predict.writer import COLUMNS, Prediction
+from resnet_fused.predict.writer import COLUMNS, METADATA, Prediction
 
 SHOWN = 5
-METADATA = b"resnet_fused"
 READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, csv.Error)
 
 
@@ -73,7 +72,8 @@ def settings(path: Path) -> dict[str, str]:
     parquet, wrong = _parquet(path)
     try:
         file = parts(path)[0] if path.is_dir() else path
-        about = json.loads((parquet.read_metadata(file).metadata or {}).get(METADATA, b"{}"))
+        metadata = parquet.read_metadata(file).metadata or {}
+        about = json.loads(metadata.get(METADATA.encode(), b"{}"))
         return {str(name): str(value) for name, value in about.get("fingerprint", {}).items()}
     except (wrong, *READ_ERRORS) as error:
         raise ValueError(f"{path} is damaged or no Parquet file: {error}") from error

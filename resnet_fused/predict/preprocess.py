@@ -31,6 +31,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+FIELDS = ("resize", "crop", "interpolation", "mean", "std")  # of Preprocessing, by the user
+
 Box = tuple[float, float, float, float]
 
 
@@ -89,15 +91,25 @@ def preprocessing_of(weights: Any, **overrides: Any) -> Preprocessing:
     Args:
         weights: None, a file's path, or an object whose ``transforms()`` has torchvision's
             attributes ``crop_size, resize_size, mean, std, interpolation``.
-        **overrides: fields of Preprocessing; None leaves a field as it is.
+        **overrides: fields of Preprocessing; None leaves a field as it is. If all are given, the
+            weights are not asked.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range, or the weights name none that this can be.
     """
-    named = Preprocessing()
-    if hasattr(weights, "transforms"):
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if given.keys() >= set(FIELDS):
+        return Preprocessing(**given, origin="as given")
+    named = _named_by(weights) if hasattr(weights, "transforms") else Preprocessing()
+    if given:
+        given["origin"] = f"{named.origin}, except {' '.join(given)} as given"
+    return replace(named, **given)
+
+
+def _named_by(weights: Any) -> Preprocessing:
+    try:
         preset = weights.transforms()
-        named = Preprocessing(
+        return Preprocessing(
             resize=preset.resize_size[0],
             crop=preset.crop_size[0],
             interpolation=preset.interpolation.value,
@@ -105,10 +117,8 @@ def preprocessing_of(weights: Any, **overrides: Any) -> Preprocessing:
             std=tuple(preset.std),
             origin=f"from {weights}",
         )
-    given = {name: value for name, value in overrides.items() if value is not None}
-    if given:
-        given["origin"] = f"{named.origin}, except {' '.join(given)} as given"
-    return replace(named, **given)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give all of {', '.join(FIELDS)}") from error
 
 
 def geometry(width: int, height: int, prep: Preprocessing) -> tuple[tuple[int, int], Box]:

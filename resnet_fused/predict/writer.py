@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 COLUMNS = ("filename", "index", "label", "prob", "rank", "error")
 FORMATS = (".csv", ".jsonl")
+METADATA = "resnet_fused"  # key in the metadata of Parquet files, where jobs describe themselves
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from resnet_fused import models
 from resnet_fused.cli.main import main
 from resnet_fused.models import categories, resnet18
 from resnet_fused.models.weights import resolve
-from resnet_fused.predict.preprocess import preprocessing_of
+from resnet_fused.predict.preprocess import Preprocessing, preprocessing_of
 
 constants = pytest.importorskip("huggingface_hub.constants")
 State = dict[str, Tensor]
@@ -129,7 +129,7 @@ def without(*keys: str) -> dict[str, Any]:
         (without("architecture"), "config.json must be timm's"),
         ({"model_args": 3}, "not what timm or transformers write"),
         ({"label_names": {"0": "a", "5": "b"}}, "label_names .* must name every class"),
-        ({"label_names": ["a", "b"]}, "num_classes must be 7 .* got 2"),
+        ({"label_names": ["a", "b"]}, "name 2 classes .* last layer of 7; pass the path"),
     ],
 )
 def test_repository_of_another_network(
@@ -156,8 +156,17 @@ def test_preprocessing_that_predict_does_not_have(
 ) -> None:
     """Images prepared in another way than the weights want, in silence."""
     cached(cache, "lab/net", timm_files(state, pretrained_cfg=changes))
+    weights = resolve(NAME, "resnet18")
     with pytest.raises(ValueError, match=message):
-        preprocessing_of(resolve(NAME, "resnet18"))
+        preprocessing_of(weights, resize=40)
+    own = {
+        "resize": 40,
+        "crop": 33,
+        "interpolation": "bilinear",
+        "mean": (0, 0, 0),
+        "std": (1, 1, 1),
+    }
+    assert preprocessing_of(weights, **own) == Preprocessing(**own, origin="as given")
 
 
 def test_what_a_config_leaves_out_is_timms_default(cache: Path, state: State) -> None:

@@ -20,6 +20,7 @@ from resnet_fused import jobs  # noqa: E402
 from resnet_fused.jobs import files, local, manifest, parts  # noqa: E402
 from resnet_fused.jobs.manifest import Header, Manifest  # noqa: E402
 from resnet_fused.predict.sources import Found  # noqa: E402
+from resnet_fused.predict.writer import METADATA  # noqa: E402
 
 MODEL = predictor()
 
@@ -56,7 +57,7 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, in
     about = json.dumps(asdict(replace(header, **change)))
     with pq.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table, row_group_size=2)
-        writer.add_key_value_metadata({manifest.KEY: about})
+        writer.add_key_value_metadata({METADATA: about})
     with pytest.raises(ValueError, match="it holds 5 images in 3 row groups, where its header has"):
         Manifest(tmp_path)
 

@@ -217,7 +217,7 @@ class Broken(ray_engine.Worker):
 @pytest.mark.parametrize(
     ("worker", "error", "message"),
     [
-        (Other, ValueError, "begun with something else.*labels: none there.*here is .*resnet_fused"),
+        (Other, ValueError, "something else.*labels: none there.*here is .*, with .*resnet_fused"),
         (Broken, ChildProcessError, "actors do not start, 3 in a row; .*no torch here"),
     ],
 )
