@@ -14,20 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = r"""
-#include "kernels/cuda/conv_plan.h"
+# v: N P Q K dtype sources residual out sms invariant tile splits, then for each source x weight H
+# W C R S stride padding dilation.
+PARAMS = r"""
 using namespace resnet_fused;
-// v: N P Q K dtype sources residual out sms invariant tile splits, then for each source x weight H
-// W C R S stride padding dilation. tile -1: choose. r: fits narrow tile splits valid grid threads
-// shared workspace steps0 steps1 sum-grid sum-threads sum-shared tiles cycles.
-extern "C" void plan(const int64_t* v, int64_t* r) {
+static MmaConvParams params(const int64_t* v) {
   MmaConvParams p{};
   p.N = v[0], p.P = v[1], p.Q = v[2], p.K = v[3];
   p.dtype = static_cast<DType>(v[4]);
   p.sources = static_cast<int>(v[5]);
   p.residual = reinterpret_cast<const void*>(v[6]);
   p.out = reinterpret_cast<void*>(v[7]);
-  p.workspace = reinterpret_cast<float*>(256);
   for (int i = 0; i < 2; ++i) {
     const int64_t* at = v + 12 + i * 13;
     ConvSource& s = p.source[i];
@@ -38,6 +35,16 @@ extern "C" void plan(const int64_t* v, int64_t* r) {
       s.stride[d] = at[7 + d], s.padding[d] = at[9 + d], s.dilation[d] = at[11 + d];
     }
   }
+  return p;
+}
+"""
+SOURCE = f'#include "kernels/cuda/conv_plan.h"\n{PARAMS}'
+SOURCE += r"""
+// v as in params; tile -1: choose. r: fits narrow tile splits valid grid threads
+// shared workspace steps0 steps1 sum-grid sum-threads sum-shared tiles cycles.
+extern "C" void plan(const int64_t* v, int64_t* r) {
+  MmaConvParams p = params(v);
+  p.workspace = reinterpret_cast<float*>(256);
   for (int i = 0; i < 16; ++i) r[i] = -1;
   r[0] = mma_conv_fits(p);
   if (!r[0]) return;

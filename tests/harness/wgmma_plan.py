@@ -13,31 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from harness.conv_plan import Conv
+from harness.conv_plan import PARAMS, Conv
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = r"""
-#include "kernels/cuda/wgmma_pair_plan.h"
-using namespace resnet_fused;
-static MmaConvParams params(const int64_t* v) {
-  MmaConvParams p{};
-  p.N = v[0], p.P = v[1], p.Q = v[2], p.K = v[3];
-  p.dtype = static_cast<DType>(v[4]);
-  p.sources = static_cast<int>(v[5]);
-  p.residual = reinterpret_cast<const void*>(v[6]);
-  p.out = reinterpret_cast<void*>(v[7]);
-  for (int i = 0; i < 2; ++i) {
-    const int64_t* at = v + 12 + i * 13;
-    ConvSource& s = p.source[i];
-    s.x = reinterpret_cast<const void*>(at[0]);
-    s.weight = reinterpret_cast<const void*>(at[1]);
-    s.H = at[2], s.W = at[3], s.C = at[4], s.R = at[5], s.S = at[6];
-    for (int d = 0; d < 2; ++d) {
-      s.stride[d] = at[7 + d], s.padding[d] = at[9 + d], s.dilation[d] = at[11 + d];
-    }
-  }
-  return p;
-}
+SOURCE = f'#include "kernels/cuda/wgmma_pair_plan.h"\n{PARAMS}'
+SOURCE += r"""
 // v as in conv_plan.py. r: fits tile splits valid grid threads shared items steps0 steps1 cycles.
 extern "C" void plan(const int64_t* v, int64_t* r) {
   MmaConvParams p = params(v);
