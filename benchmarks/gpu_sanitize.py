@@ -153,13 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         parser.error(f"--device {reason}")
     machine.select(args.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    on_gpu = torch.device(args.device).type == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     calls, outcomes = Counter[str](), Counter[str]()
     with torch.inference_mode():
         for name in args.dtypes.split(","):
             dtype = DTYPES[name]
             found = [check(case, dtype, args.device) for case in cases(dtype, quick=args.quick)]
-            if torch.device(args.device).type == "cuda":
+            if on_gpu:
                 found += check_planned(dtype, args.device, _extension._library)
             calls[name] += len(found)
             outcomes.update(found)

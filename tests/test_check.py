@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_fused
@@ -18,6 +19,7 @@ from resnet_fused import ops
 from resnet_fused.bench import expected, op_cases, subjects
 from resnet_fused.cli import check
 from resnet_fused.cli.main import main
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.ops import ConvBN
 
 Op = Callable[..., Tensor]
@@ -102,8 +104,28 @@ def test_a_wrong_convolution_is_caught(
 def test_every_other_op_is_judged_too(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks if a case compares an op with itself: its results are 10 % too large here."""
     right = getattr(ops, op)
-    monkeypatch.setattr(ops, op, lambda *args: right(*args) * 1.1)
+    monkeypatch.setattr(ops, op, lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     assert not check.check_op(op, "bf16", "cpu").ok
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("mistake", ["no mean", "a grey level too many", "its border normalised"])
+def test_bytes_are_judged(mistake: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a stem may read bytes wrongly: floating inputs are right in all of these."""
+    right = ops.stem
+
+    def wrong(x: Tensor, conv: ConvBN, norm: InputNorm | None = None) -> Tensor:
+        if norm is None:
+            return right(x, conv)
+        if mistake == "no mean":
+            return right(x, conv, InputNorm((0, 0, 0), norm.std))
+        if mistake == "a grey level too many":
+            return right(x.clamp(max=254) + 1, conv, norm)
+        return right(F.pad(x, (3, 3, 3, 3)), conv._replace(padding=(0, 0)), norm)
+
+    monkeypatch.setattr(ops, "stem", wrong)
+    line = check.check_op("stem", dtype, "cpu")
+    assert not line.ok and "bytes" in str(line)
 
 
 def test_an_op_that_raises_is_a_failure_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.bench.subjects import ROUNDOFF
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.ops import ConvBN
 
 SIGMAS = 6.0
@@ -71,6 +72,15 @@ def _exact(x: Tensor) -> Expected:
     """Take an input as it is."""
     value = x.detach().cpu().double()
     return Expected(value, torch.zeros_like(value))
+
+
+def _normalised(x: Tensor, norm: InputNorm, u: Roundings) -> Expected:
+    """Bytes as InputNorm makes them numbers: in float32, of two rounded factors, then stored."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (norm.mean, norm.std))
+    product, shift = x.detach().cpu().double() / 255 / std, -mean / std
+    value = product + shift
+    squares = 2 * product.square() + shift.square() + value.square()  # one for each rounding
+    return _stored(value, ROUNDOFF[torch.float32] ** 2 / 3 * squares, u)
 
 
 def _stored(value: Tensor, variance: Tensor, u: Roundings) -> Expected:
@@ -133,9 +143,10 @@ def add_relu(x: Tensor, y: Tensor, *, u: Roundings) -> Expected:
     return _relu(_add(_exact(x), _exact(y), u))
 
 
-def stem(x: Tensor, conv: ConvBN, *, u: Roundings) -> Expected:
+def stem(x: Tensor, conv: ConvBN, norm: InputNorm | None = None, *, u: Roundings) -> Expected:
     """3x3/2 max-pool of `relu(bn(conv(x)))`; the maximum's error is at most the largest one's."""
-    y = _conv_bn_act(_exact(x), conv, u)
+    image = _exact(x) if norm is None else _normalised(x, norm, u)
+    y = _conv_bn_act(image, conv, u)
     return Expected(F.max_pool2d(y.value, 3, 2, 1), F.max_pool2d(y.variance, 3, 2, 1))
 
 

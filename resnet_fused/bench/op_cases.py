@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resnet_fused import ops
 from resnet_fused.bench import expected
+from resnet_fused.input_norm import InputNorm
 from resnet_fused.ops import ConvBN
 
 
@@ -54,6 +55,11 @@ class Draw:
     def image(self, *shape: int) -> Tensor:
         """A feature map or a batch of images, in the layout."""
         return self._place(self._normal(*shape)).contiguous(memory_format=self._layout)
+
+    def bytes(self, *shape: int) -> Tensor:
+        """A batch of images as they are decoded, in the layout."""
+        levels = torch.randint(256, shape, generator=self._generator, dtype=torch.uint8)
+        return levels.to(self._device).contiguous(memory_format=self._layout)
 
     def vector(self, *shape: int) -> Tensor:
         """A weight or bias of a linear layer."""
@@ -119,6 +125,8 @@ def _add_relu(draw: Draw) -> Iterator[Plan]:
 def _stem(draw: Draw) -> Iterator[Plan]:
     yield "64x64", (draw.image(2, 3, 64, 64), draw.conv(3, 64, 7, 2)), {}
     yield "odd sizes", (draw.image(1, 3, 33, 47), draw.conv(3, 40, 7, 2)), {}
+    norm = InputNorm((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    yield "bytes", (draw.bytes(2, 3, 37, 43), draw.conv(3, 64, 7, 2)), {"norm": norm}
 
 
 def _basic_block(draw: Draw) -> Iterator[Plan]:
