@@ -149,7 +149,7 @@ def cache_bytes(device: str) -> int:
 
 
 def ceilings(device: str, dtype: torch.dtype, *, quick: bool = False) -> peaks.Ceilings:
-    """Measure copy bandwidth and the rate of a large matrix product; `quick` ones try a script."""
+    """Measure copy bandwidth and the best rate of arithmetic; `quick` ones try a script."""
     if quick:
         return peaks.ceilings(device, dtype, sizes=(256,), count=1 << 20, budget_s=0.0)
     return peaks.ceilings(device, dtype, budget_s=0.5)

@@ -292,8 +292,8 @@ def table(profile: Profile) -> str:
         )
     text.append(f"fused is {profile.ratio} (untouched, {profile.ratio.rounds} rounds)")
     text.append(
-        f"peaks measured here: {profile.peaks.peak / 1e12:.3f} TFLOP/s (matrix product), "
-        f"{profile.peaks.bandwidth / 1e9:.1f} GB/s (copy)"
+        f"peaks measured here: {profile.peaks.peak / 1e12:.3f} TFLOP/s (matrix product or "
+        f"convolution), {profile.peaks.bandwidth / 1e9:.1f} GB/s (copy)"
     )
     text += [f"warning: {busy}"] if (busy := disturbed(profile)) else []
     return "\n".join(line.rstrip() for line in text)

@@ -17,8 +17,8 @@ MOST = 7  # stages in the list
 NOTES = (
     "Fewer bytes move a dot to the right, less time moves it up.",
     "Dots above the slope: data came from a cache, not from memory.",
-    "The roof is what torch's matrix product reaches here, so that",
-    "a kernel can be above it. Layers without products have no dot.",
+    "The roof is the best that a large matrix product or convolution",
+    "reaches here. Layers without products have no dot.",
 )
 
 

@@ -104,7 +104,7 @@ def _axes(canvas: Canvas, plot: Plot) -> None:
 
 
 def _roofs(canvas: Canvas, plot: Plot, profile: Profile) -> None:
-    """The slope of the memory and the flat roof of the matrix product, and their figures."""
+    """The slope of the memory and the flat roof of the arithmetic, and their figures."""
     box, peaks = plot.box, profile.peaks
     ridge = peaks.peak / peaks.bandwidth
     low = max(plot.x_range[0], plot.y_range[0] / peaks.bandwidth)
@@ -113,7 +113,7 @@ def _roofs(canvas: Canvas, plot: Plot, profile: Profile) -> None:
     canvas.line(*foot, *top, "ink-line", ' stroke-width="1.6"')
     canvas.line(*top, box.x1, top[1], "ink-line", ' stroke-width="1.6"')
     dtype = profile.facts.get("dtype", "")
-    text = f"matrix product, {dtype}: {peaks.peak / 1e12:.3g} TFLOP/s"
+    text = f"arithmetic, {dtype}: {peaks.peak / 1e12:.3g} TFLOP/s"
     canvas.text(box.x1 - 4, top[1] - 6, text, size=10, anchor="end")
     text = f"memory: {peaks.bandwidth / 1e9:.3g} GB/s"
     middle = math.sqrt(low * ridge)
