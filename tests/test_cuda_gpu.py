@@ -53,6 +53,29 @@ def test_every_kernel_of_the_convolution(dtype: torch.dtype) -> None:
     assert [text for text in wrong if text] == []
 
 
+def kernels(call: Callable[[], Any]) -> str:
+    """Names of the kernels that a call starts."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as seen:
+        call()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in seen.key_averages())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hopper_kernels_run_where_they_are_forced(dtype: torch.dtype) -> None:
+    """Breaks if the other kernels stand in for them, whose results are as right."""
+    library: Any = _extension._library
+    if torch.cuda.get_device_capability() != (9, 0) or not gpu_sanitize.hopper_built(library):
+        pytest.skip("needs a Hopper GPU and a library built for it")
+    for case in gpu_sanitize.paired(dtype):
+        with gpu_sanitize.pairs(library):
+            assert "wgmma_pair_kernel" in kernels(gpu_sanitize.moved(case, "cuda").run), case.name
+    for plan, case in gpu_sanitize.planned(dtype, hopper=True):
+        with gpu_sanitize.forced(plan, library, hopper=True):
+            assert "wgmma_conv_kernel" in kernels(gpu_sanitize.moved(case, "cuda").run), case.name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sizes_of_one_to_three(dtype: torch.dtype) -> None:
     """Breaks where borders meet, or a size-1 dimension's strides are believed."""
