@@ -231,13 +231,28 @@ def fuse_in_place(model: nn.Module) -> None:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo ``fuse`` in place: every module gets its class back.
 
+    Models of this package were built of fused ops, never fused; a warning says that they stay.
+
     Args:
         model: a module given to ``fuse``, or any part of it.
 
     Returns:
         ``model``.
     """
-    for module in ungraphed(model).modules():
+    net = restore(ungraphed(model))
+    own = next((type(module).__name__ for module in net.modules() if isinstance(module, Fused)), "")
+    if own:
+        warnings.warn(
+            f"unfuse() leaves {own} as it is: this package builds it of fused ops; run it within "
+            "resnet_fused.backend('reference') to have plain PyTorch",
+            stacklevel=2,
+        )
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """What ``unfuse`` does, whatever the model is."""
+    for module in model.modules():
         _restore(module)
     return model
 

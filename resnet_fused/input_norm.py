@@ -19,6 +19,19 @@ UNTOLD = (
 )
 
 
+def check_mean(mean: Sequence[float]) -> None:
+    """Refuse a mean of values up to 255: no values in [0, 1] have one above 1.
+
+    Raises:
+        ValueError: one is above 1.
+    """
+    if max(mean) > 1:
+        raise ValueError(
+            f"mean must be of values in [0, 1], got {tuple(mean)}; divide mean and std by 255 if "
+            "they are of values from 0 to 255"
+        )
+
+
 @dataclass(frozen=True)
 class InputNorm:
     """What a network's images were normalised with: ``(v / 255 - mean) / std`` for a byte ``v``.
@@ -62,6 +75,7 @@ class InputNorm:
                 f"mean and std must give finite 1 / (255 std) and mean / std in float32, got mean "
                 f"{self.mean} and std {self.std}"
             )
+        check_mean(self.mean)
 
     def _rows(self) -> list[list[float]]:
         scale = [1 / (255 * s) for s in self.std]

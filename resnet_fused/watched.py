@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from resnet_fused import dispatch, ops, rounding
-from resnet_fused.fuse import unfuse
+from resnet_fused.fuse import restore
 from resnet_fused.fusion import steps
 from resnet_fused.fusion.units import child
 from resnet_fused.modules import Fused
@@ -129,7 +129,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 def plain(model: nn.Module) -> nn.Module:
     """``model``, in place, without fused calls."""
-    unfuse(model)
+    restore(model)
     for module in model.modules():
         if isinstance(module, Fused):
             for site in module.fused_sites():  # a hook makes it call its modules

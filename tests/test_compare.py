@@ -269,6 +269,7 @@ PREDICTED = b"filename,index,label,prob,rank,error\nx,1,,0.5,1,\n"
         (PREDICTED + b"x,2,,0.", "a.csv", "a cut file?"),
         (PREDICTED + b"x,2,,0.1,2", "a.csv", "a cut file?"),
         (PREDICTED + b"x,2,,0.1,,\n", "a.csv", "neither rank nor error"),
+        (b"model,contender,judged_by\nr,eager,\n", "a.csv", "none of the columns judged_by"),
     ],
 )
 def test_other_files_are_refused_with_a_reason(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 import fuse_zoo
 from fuse_zoo import Basic, Net, conv3, image, randomise
-from resnet_fused.fuse import fuse
+from resnet_fused.fuse import fuse, unfuse
+from resnet_fused.models import resnet18
 from resnet_fused.report import report
 from test_fuse_refused import C, One, check, straight
 
@@ -112,6 +114,16 @@ def test_changed_modules(name: str) -> None:
     rows = report(fused)
     assert not any(r.fused for r in rows) and reason in rows[0].reason, rows[0]
     assert [type(m) for m in fused.modules()] == [type(m) for m in model.modules()]
+
+
+def test_unfuse_of_a_model_of_this_package() -> None:
+    """Breaks if it is taken for plain PyTorch afterwards, to compare with."""
+    model = resnet18().eval()
+    with pytest.warns(UserWarning, match=r"unfuse\(\) leaves \w+ as it is.*backend\('reference'\)"):
+        assert unfuse(model) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(unfuse(fuse(One(straight).eval()))) is One
 
 
 @pytest.mark.parametrize("change", ["weight_norm", "prune", "adapter"])

@@ -19,10 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from resnet_cases import lively
-from resnet_fused import Predictor, _extension
+from resnet_fused import Predictor
 from resnet_fused.cli.main import main
 from resnet_fused.models import resnet18
-from resnet_fused.predict import fingerprint as fingerprints
 from resnet_fused.predict.preprocess import Preprocessing
 
 CLASSES = 7
@@ -277,6 +276,15 @@ def test_nan_is_an_error_of_its_image() -> None:
         ({"weights": "random", "device": "meta"}, "device must be cpu, cuda or cuda:N"),
         ({"weights": "random", "top": 0}, "top must be 1 or more, got 0"),
         ({"weights": "random", "threads": 0}, "threads must be 1 or more, got 0"),
+        ({"weights": "random", "top": 2.5}, "top must be an integer, got 2.5"),
+        (
+            {"weights": "random", "preprocessing": {"resize": 40.5, "crop": 33}},
+            "resize must be an integer, got 40.5",
+        ),
+        (
+            {"weights": "random", "preprocessing": {"mean": (124, 117, 104)}},
+            r"mean must be of values in \[0, 1\], got .*; divide mean and std by 255",
+        ),
         ({"model": Sums(), "weights": "random"}, "weights must be None where model is a module"),
         ({"model": Sums(torch.bfloat16)}, "dtype must be that of the model's parameters"),
         ({"model": nn.Conv2d(3, 4, 3)}, r"logits of shape \[N, classes\], got \[1, 4, 222, 222\]"),
@@ -290,54 +298,46 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
         Predictor(**options)
 
 
-def test_random_is_the_same_model_and_leaves_the_random_state() -> None:
-    """Breaks if building a predictor changes what the user's program draws next."""
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"path": "photos/a.png"},
+        {"path": Path("a.png")},
+        {"bytes": b"12345"},
+        {"path": np.array("a.png")},
+        {"image": 3},
+    ],
+    ids=repr,
+)
+def test_one_image_instead_of_a_batch(batch: dict[str, Any], predictor: Predictor) -> None:
+    """Breaks if every character of a path is taken for an image."""
+    with pytest.raises(ValueError, match="must be an array or a list with one entry per image"):
+        predictor(batch)
+
+
+def test_the_callers_autocast_changes_nothing(predictor: Predictor) -> None:
+    """Breaks if results depend on something that is in no fingerprint."""
+    batch = {"image": objects(*IMAGES)}
+    expected = predictor(batch)["prob"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(predictor(batch)["prob"], expected)
+
+
+def test_random_is_the_same_model_and_leaves_the_random_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Breaks if building a predictor changes what the user's program draws next, on a GPU too."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Predictor("resnet18", "random", preprocessing=PREP)
+    assert seeded == []
+    monkeypatch.undo()
     torch.manual_seed(3)
     first = Predictor("resnet18", "random", preprocessing=PREP).fingerprint
     after = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(1), after)
     assert Predictor("resnet18", "random", preprocessing=PREP).fingerprint == first
-
-
-def test_fingerprint_follows_what_results_depend_on(weights: str, tmp_path: Path) -> None:
-    """Breaks if a job could be continued with something that gives other results."""
-
-    def fingerprint(**options: Any) -> dict[str, str]:
-        return Predictor("resnet18", weights, **({"preprocessing": PREP} | options)).fingerprint
-
-    base = fingerprint()
-    assert all(type(text) is str for text in base.values())
-    same_values = Preprocessing(resize=40, crop=33, origin="another file")
-    assert fingerprint(preprocessing=same_values, threads=torch.get_num_threads()) == base
-
-    def differing(**options: Any) -> set[str]:
-        other = fingerprint(**options)
-        return {key for key in base if other[key] != base[key]}
-
-    assert differing(preprocessing=Preprocessing(resize=41, crop=33)) == {"preprocessing"}
-    assert differing(preprocessing=Preprocessing(40, 33, mean=(0.1, 0.2, 0.30000001))) == {
-        "preprocessing"
-    }
-    assert differing(top=2) == {"top"}
-    assert differing(labels=NAMES) == {"labels"}
-    assert {"dtype", "weights_sha256"} <= differing(dtype="bf16")
-    predictor = Predictor("resnet18", weights, preprocessing=PREP)
-    with torch.no_grad():
-        predictor.model.get_parameter("layer3.0.bn1.bias")[5] += 1e-3
-    assert {k for k in base if predictor.fingerprint[k] != base[k]} == {"weights_sha256"}
-
-
-def test_fingerprint_tells_which_kernels_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a job begun with one RESNET_FUSED_HOPPER, which decides in what order a GPU adds,
-    could be continued with another; a CPU's results do not depend on it."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    texts: dict[str, set[str]] = {"cuda": set(), "cpu": set()}
-    for value in ("", "1", "pairs"):
-        monkeypatch.setattr(_extension, "hopper", lambda value=value: value)
-        for name, found in texts.items():
-            found.add(fingerprints._machine(torch.device(name)))
-    assert len(texts["cuda"]) == 3 and len(texts["cpu"]) == 1
 
 
 def test_import_loads_no_image_library() -> None:

@@ -8,6 +8,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import resnet_fused
 from profiles import PEAKS, Net
+from resnet_fused.cli import profile as cli
 from resnet_fused.cli.main import main
 from resnet_fused.profile import peaks, trace
 
@@ -32,6 +34,20 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 SMALL = ["profile", "--model", "resnet18", "--size", "32", "--budget-s", "1", "--threads", "1"]
+
+
+def test_a_file_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a full disk hides the table behind a traceback."""
+
+    def full(place: str) -> Any:
+        raise OSError(28, "No space left on device", place)
+
+    monkeypatch.setattr(cli, "open_output", full)
+    assert main([*SMALL, "--json", str(tmp_path / "p.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "layer4.1" in out and "error: [Errno 28] No space left on device: " in err
 
 
 def test_one_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

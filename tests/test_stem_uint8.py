@@ -326,6 +326,7 @@ def test_an_input_norm_is_a_value() -> None:
         (("a",), (1.0,), "mean must be one number per channel, got"),
         ((float("inf"),), (1.0,), "must give finite"),
         ((0.5,), (1e-60,), "must give finite"),
+        ((124, 117, 104), (58, 57, 57), "must be of values in .* divide mean and std by 255"),
     ],
 )
 def test_refused_norms(mean: Any, std: Any, message: str) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused import dispatch
 from resnet_fused.bench.subjects import ROUNDOFF
 from resnet_fused.input_norm import InputNorm
 from resnet_fused.ops import ConvBN
@@ -40,11 +41,7 @@ class Roundings:
 
 def roundings(dtype: torch.dtype, device: str) -> Roundings:
     """Say how finely `dtype` is computed on `device`; cuDNN's TF32 switch counts."""
-    tf32 = (
-        torch.device(device).type == "cuda"
-        and dtype == torch.float32
-        and torch.backends.cudnn.allow_tf32
-    )
+    tf32 = torch.device(device).type == "cuda" and dtype == torch.float32 and dispatch.tf32()
     summed = min(ROUNDOFF[dtype], ROUNDOFF[torch.float32])
     return Roundings(ROUNDOFF[dtype], 2.0**-11 if tf32 else 0.0, summed)
 

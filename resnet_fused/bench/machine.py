@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -55,6 +56,16 @@ def select(device: str) -> None:
     if found.type == "cuda":
         torch.cuda.init()
         torch.cuda.set_device(found.index or 0)
+
+
+@contextlib.contextmanager
+def selected(device: str) -> Iterator[None]:
+    """`select`, and the GPU that was the current one again."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    with torch.cuda.device(torch.device(device).index or 0):
+        yield
 
 
 def device_name(device: str) -> str:

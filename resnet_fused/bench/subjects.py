@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_fused import models
+from resnet_fused import dispatch, models
 
 DTYPES = {
     "fp32": torch.float32,
@@ -52,7 +52,7 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
         The model in eval mode, float32, on the CPU.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU, too
         model: nn.Module = getattr(models, name)()
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
@@ -124,7 +124,7 @@ def factors(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
     That is `dtype` itself, but float16 for float32 on a GPU where torch may round it to TF32.
     """
-    tf32 = device_type == "cuda" and torch.backends.cudnn.allow_tf32
+    tf32 = device_type == "cuda" and dispatch.tf32()
     return torch.float16 if dtype == torch.float32 and tf32 else dtype
 
 

@@ -174,7 +174,9 @@ def _rows(records: Sequence[Mapping[str, str]]) -> Iterable[Timed]:
             if noise is not None:
                 group_noise[group] = max(noise, group_noise.get(group, 0.0))
     for record in records:
-        column = record.get("judged_by") or next(name for name in TIMES if name in record)
+        column = record.get("judged_by") or next((name for name in TIMES if name in record), "")
+        if not column:
+            raise ValueError(f"a row has none of the columns judged_by, {', '.join(TIMES)}")
         figure = _number(record.get(column))
         noise = _number(record.get("noise"))
         if noise is None:

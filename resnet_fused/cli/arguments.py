@@ -10,11 +10,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+LARGEST = 2**31 - 1
+
 
 def positive(text: str) -> int:
     """Read an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    if int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {text}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Read what a random generator begins with."""
+    if not text.isdecimal() or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {LARGEST}, got {text!r}")
     return int(text)
 
 
@@ -48,6 +61,16 @@ def finite(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def lacks_memory(problem: BaseException) -> bool:
+    """Whether torch found too little memory, on a GPU or in the machine."""
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
+
+
+def reason(problem: BaseException) -> str:
+    """What went wrong, and what helps where memory was short."""
+    return f"{problem}; give a smaller --batch-size" if lacks_memory(problem) else str(problem)
 
 
 def why_unwritable(

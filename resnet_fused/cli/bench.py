@@ -17,7 +17,7 @@ from resnet_fused.bench.compare import compare
 from resnet_fused.bench.results import Row, Setting, save_csv, table, write_csv, write_json
 from resnet_fused.bench.scenarios import Found
 from resnet_fused.cli import bench_load
-from resnet_fused.cli.arguments import open_output, positive, why_unwritable
+from resnet_fused.cli.arguments import open_output, positive, seed, why_unwritable
 
 BUDGET_S = 105
 COMPILE_SHARE = 0.6
@@ -108,7 +108,7 @@ def add_parser(subparsers: Any) -> None:
         help="seconds for the whole run, 60 %% of it at most for compiling (default: 105)",
     )
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--seed", type=int, default=0, help="of weights, images and order (default: 0)")
+    add("--seed", type=seed, default=0, help="of weights, images and order (default: 0)")
     add("--json", metavar="FILE", help="write machine and results; - is stdout")
     add("--csv", metavar="FILE", help="write results; - is stdout, a folder gets named files")
     add("--plot", type=Path, metavar="FILE", help="draw a bar chart (.png, .svg, .pdf)")

@@ -18,6 +18,7 @@ from resnet_fused import dispatch
 from resnet_fused.bench import expected, machine, op_cases, subjects
 from resnet_fused.bench.contenders import first_line
 from resnet_fused.cli import check_images
+from resnet_fused.cli.arguments import seed
 
 SIZE = 64
 """Height and width of the models' images: the last stage still has more than one pixel."""
@@ -156,7 +157,7 @@ def add_parser(subparsers: Any) -> None:
     add("--model", action="append", choices=names, metavar="NAME", help="only this model")
     add("--dtype", action="append", choices=list(subjects.DTYPES), help="only this dtype")
     add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    add("--seed", type=seed, default=0, help="of weights and inputs (default: 0)")
     check_images.add_arguments(parser)
 
 

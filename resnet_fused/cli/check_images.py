@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 from resnet_fused.cli import predict
-from resnet_fused.cli.arguments import positive
+from resnet_fused.cli.arguments import positive, reason
 from resnet_fused.predict import agreement, pipeline, sources
 from resnet_fused.predict.agreement import Labelled
 from resnet_fused.predict.predictor import DTYPES, Predictor
@@ -80,11 +80,14 @@ def run(args: argparse.Namespace) -> int:
             )
     except BrokenPipeError:
         raise  # main() knows what to do
-    except (OSError, RuntimeError, TypeError, ValueError) as problem:
-        print(f"resnet-fused check: error: {problem}", file=sys.stderr)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as problem:
+        print(f"resnet-fused check: error: {reason(problem)}", file=sys.stderr)
         return WRONG
     for line in tally.lines():
         print(line)
+    if not tally.images and not tally.failed:
+        print("resnet-fused check: error: there was no image to compare", file=sys.stderr)
+        return WRONG
     if not tally.ok:
         return WRONG
     return SOME_FAILED if tally.failed else OK
@@ -101,5 +104,5 @@ def _predictor(args: argparse.Namespace) -> Predictor:
         labels=args.labels,
         progress=True,
     )
-    predict.announce(args.weights, predictor)
+    predict.announce(predictor)
     return predictor

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -65,12 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: the command's own, 130 after Ctrl-C, 141 when the reader of stdout has gone.
     """
+    if sys.stderr is None:  # closed, as by some daemons; else the next file would get its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # a file name that is not UTF-8 keeps its bytes
+            stream.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="\n")  # a carriage return may be part of a name
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
     try:
         args = build_parser(command).parse_args(arguments)
         code: int = importlib.import_module(f"resnet_fused.cli.{args.command}").run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("resnet-fused: interrupted", file=sys.stderr)
         return INTERRUPTED

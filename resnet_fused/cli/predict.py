@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from resnet_fused.cli import job
-from resnet_fused.cli.arguments import count, positive, three_numbers
+from resnet_fused.cli.arguments import count, lacks_memory, positive, reason, three_numbers
 from resnet_fused.predict import pipeline, sources, writer
 from resnet_fused.predict.predictor import DTYPES, MODELS, Predictor
 from resnet_fused.predict.preprocess import FIELDS, INTERPOLATIONS
@@ -156,9 +156,9 @@ def run(args: argparse.Namespace) -> int:
     if out is None:
         return _run_job(args, str(folder), predictor, where)
     show = not args.quiet and sys.stderr.isatty()
-    total = sources.count(args.sources) if show else None
-    bar = tqdm(total=total, unit="img", disable=not show)
+    bar = tqdm(unit="img", disable=not show)
     try:
+        bar.total = sources.count(args.sources) if show else None
         tally = pipeline.run(
             sources.expand(args.sources),
             predictor,
@@ -172,10 +172,9 @@ def run(args: argparse.Namespace) -> int:
         bar.close()
         part = out.abandon()
         kept = f"; the rows so far are in {part}" if part else ""
-        if isinstance(problem, pipeline.TooManyErrors | OSError) and not isinstance(
-            problem, BrokenPipeError
-        ):
-            return _fail(f"stopped: {problem}{kept}")
+        expected = isinstance(problem, pipeline.TooManyErrors | OSError) or lacks_memory(problem)
+        if expected and not isinstance(problem, BrokenPipeError):
+            return _fail(f"stopped: {reason(problem)}{kept}")
         if kept:
             print(f"resnet-fused predict: stopped{kept}", file=sys.stderr)
         raise
@@ -194,9 +193,11 @@ def ignore_pillow() -> None:
 def _run_job(args: argparse.Namespace, folder: str, predictor: Predictor, where: job.Place) -> int:
     try:
         failed = job.run(args, folder, predictor, where)
-    except (OSError, ValueError, pipeline.TooManyErrors) as problem:
+    except (OSError, RuntimeError, ValueError, pipeline.TooManyErrors) as problem:
+        if type(problem) is RuntimeError and not lacks_memory(problem):
+            raise  # a mistake in the model
         who = "" if where.world == 1 else f"rank {where.rank}: "
-        return _fail(f"{who}{problem}")
+        return _fail(f"{who}{reason(problem)}")
     return SOME_FAILED if failed else OK
 
 
@@ -214,17 +215,17 @@ def _prepare(args: argparse.Namespace, where: job.Place) -> Predictor:
         progress=not args.quiet and where.rank == 0,
     )
     if not args.quiet and where.rank == 0:
-        announce(args.weights, predictor)
+        announce(predictor)
     return predictor
 
 
-def announce(weights: str, predictor: Predictor) -> None:
+def announce(predictor: Predictor) -> None:
     """Say on stderr what will be used."""
     names = predictor.labels
     dtype = next(name for name, dtype in DTYPES.items() if dtype == predictor.dtype)
     labels = "none known; --labels FILE gives them" if names is None else f"{len(names)} names"
     print(
-        f"model: {predictor.name}, weights {weights}, {dtype} on {predictor.device}\n"
+        f"model: {predictor.name}, weights {predictor.weights}, {dtype} on {predictor.device}\n"
         f"preprocessing: {predictor.prep}\n"
         f"decoder: {predictor.decoder}\n"
         f"labels: {labels}",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from resnet_fused import models
 from resnet_fused.bench import machine, subjects
-from resnet_fused.cli.arguments import open_output, positive, why_unwritable
+from resnet_fused.cli.arguments import open_output, positive, seed, why_unwritable
 from resnet_fused.models.weights import resolve
+from resnet_fused.profile.trace import ENDINGS
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -56,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add("--size", type=positive, default=224, help="height and width of the images (default: 224)")
     add("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    add("--seed", type=int, default=0, help="of random weights and images (default: 0)")
+    add("--seed", type=seed, default=0, help="of random weights and images (default: 0)")
     add(
         "--budget-s",
         type=positive,
@@ -75,7 +76,7 @@ def _refuse(args: argparse.Namespace) -> str:
     missing = machine.why_no_device(args.device)
     if missing:
         return f"--device {missing}"
-    if args.trace and not args.trace.name.endswith((".json", ".json.gz")):
+    if args.trace and not args.trace.name.endswith(ENDINGS):
         return f"--trace must end in .json or .json.gz, got {args.trace}"
     places = {option: getattr(args, option[2:]) for option in ("--json", "--csv", "--svg")}
     return why_unwritable(places | {"--trace": args.trace}, stdout=("--json", "--csv"))
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         machine.select(args.device)
         try:
             model, x = _make(args)
-        except (OSError, RuntimeError, TypeError, ValueError) as problem:
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as problem:
             wrong = str(problem)
     if wrong:
         print(f"resnet-fused profile: error: {wrong}", file=sys.stderr)
@@ -132,7 +133,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"resnet-fused profile: error: {problem}", file=sys.stderr)
         return 1
     print(f"\n{found}", file=to)
-    _write(args, found, model, x)
+    try:
+        _write(args, found, model, x)
+    except BrokenPipeError:
+        raise  # main() knows what to do
+    except OSError as problem:
+        print(f"resnet-fused profile: error: {problem}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -33,14 +33,14 @@ class Job:
     folder: Path
     header: Header
     _manifest: Manifest | None = field(default=None, repr=False)
-    _accepted: Predictor | None = field(default=None, repr=False)
+    _accepted: tuple[int, ...] = field(default=(), repr=False)  # weights
 
     def path(self, unit: int) -> Path:
         """Where the part of a unit is, or will be."""
         return self.folder / parts.name(unit, self.header.units)
 
     def part(self, unit: int) -> Part | None:
-        """The part of a unit; None if there is none or it is damaged, and must be made.
+        """The part of a unit; None if there is none or it is cut, and must be made.
 
         Raises:
             ValueError: there is another job's file in its place.
@@ -108,12 +108,13 @@ class Job:
         return self._manifest.unit(unit)
 
     def _check(self, predictor: Predictor) -> None:
-        if self._accepted is not predictor:
+        weights = _versions(predictor)
+        if self._accepted != weights:
             _compare(self.header, _fingerprint(predictor, self.header.batch_size), self.folder)
-            self._accepted = predictor
+            self._accepted = weights
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_manifest": None, "_accepted": None}
+        return {**self.__dict__, "_manifest": None, "_accepted": ()}
 
 
 def plan(
@@ -218,7 +219,15 @@ def open_job(
             f"the job in {folder} is about other images: {why}; give another folder, or leave "
             "SOURCE out to go on with the images of the manifest"
         )
-    return Job(folder, replace(header, batch_size=size), listed, predictor)
+    return Job(folder, replace(header, batch_size=size), listed, _versions(predictor))
+
+
+def _versions(predictor: Predictor) -> tuple[int, ...]:
+    """Another value when the weights are no longer the same: cheaper than their hash."""
+    found = [id(predictor)]
+    for t in predictor.model.state_dict(keep_vars=True).values():
+        found += [id(t), 0 if t.is_inference() else t._version]
+    return tuple(found)
 
 
 def _fingerprint(predictor: Predictor, batch_size: int) -> dict[str, str]:

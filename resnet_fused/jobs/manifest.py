@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def write(folder: Path, header: Header, found: Iterable[Found]) -> Header:
         FileExistsError: there is a manifest.
     """
     digest = hashlib.sha256(json.dumps([header.fingerprint, header.unit, FORMAT]).encode())
-    images = 0
+    images, relative = 0, False
     with (
         files.appearing(folder / NAME, replace=False) as file,
         pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
@@ -89,6 +90,9 @@ def write(folder: Path, header: Header, found: Iterable[Found]) -> Header:
             writer.write_table(pa.table([names, errors], schema=SCHEMA), row_group_size=len(group))
             digest.update(repr((names, errors)).encode())
             images += len(group)
+            relative = relative or not all(os.path.isabs(item.path) for item in group)
+        if relative:  # the same names are other images in another place
+            digest.update(os.fsencode(header.root))
         complete = replace(header, images=images, sha256=digest.hexdigest())
         writer.add_key_value_metadata({METADATA: json.dumps(asdict(complete))})
     return complete
@@ -113,6 +117,7 @@ class Manifest:
         path = folder / NAME
         try:
             self._file = pq.ParquetFile(path)
+            self._reading = threading.Lock()  # the file object crashes in two threads at once
             text = (self._file.schema_arrow.metadata or {}).get(METADATA.encode())
             content = json.loads(text or self._file.metadata.metadata[METADATA.encode()])
             if content["format"] != FORMAT:
@@ -132,7 +137,8 @@ class Manifest:
 
     def unit(self, number: int) -> list[Found]:
         """The images of one unit."""
-        table = self._file.read_row_group(number)
+        with self._reading:
+            table = self._file.read_row_group(number)
         names, errors = table["filename"].to_pylist(), table["error"].to_pylist()
         return [Found(os.fsdecode(n), e) for n, e in zip(names, errors, strict=True)]
 

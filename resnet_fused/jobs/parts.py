@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resnet_fused.jobs.manifest import Header
-from resnet_fused.predict.writer import METADATA, Prediction
+from resnet_fused.predict.writer import METADATA, Prediction, spelled
 
 ROWS = 10_000  # per row group, so that a large unit is not in memory as a whole
 SCHEMA = pa.schema(
@@ -68,9 +67,7 @@ class PartWriter:
     def write(self, prediction: Prediction) -> None:
         """Append one prediction; its file name is the manifest's."""
         self.failed += prediction.error is not None
-        # A Parquet string must be UTF-8: a byte that is none is shown as \xff.
-        name = os.fsencode(next(self._names)).decode("utf-8", "backslashreplace")
-        row = {"filename": name, "error": prediction.error}
+        row = {"filename": spelled(next(self._names)), "error": prediction.error}
         self._rows.append({field: getattr(prediction, field) for field in SCHEMA.names} | row)
         if len(self._rows) == ROWS:
             self._write_rows()
@@ -121,7 +118,7 @@ def read(path: Path, header: Header, unit: int) -> Part:
             about = json.loads((metadata.metadata or {}).get(METADATA.encode(), b"null"))
         except (OSError, ValueError) as error:  # what pyarrow raises
             raise Damaged(str(error)) from error
-    if about is None or (about["job"], about["unit"]) != (header.sha256, unit):
+    if about is None or (about.get("job"), about.get("unit")) != (header.sha256, unit):
         raise ValueError(f"{path} is not of this job; move it away, or give another folder")
     if metadata.num_rows != header.size(unit):
         raise Damaged(f"{metadata.num_rows} rows for {header.size(unit)} images")

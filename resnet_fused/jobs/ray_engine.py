@@ -120,8 +120,11 @@ def run(
         OSError: a part cannot be written, a unit was tried ATTEMPTS times in vain, actors do not
             start, or Ray cannot be reached.
     """
-    if predictor.device.index is not None:
-        raise ValueError("device must be cpu or cuda with Ray, which gives out the GPUs itself")
+    if predictor.device.index not in (None, 0):  # an actor sees one GPU, as number 0
+        raise ValueError(
+            "device must be cpu or cuda with Ray, which gives out the GPUs itself, got "
+            f"{predictor.device}"
+        )
     progress = Progress()
     units = _missing(job, progress, show)
     first = next(units, None)

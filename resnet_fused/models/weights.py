@@ -195,7 +195,10 @@ def build(
     source = resolve(weights, model)
     if source is None:
         return make(**kwargs)
-    names = _meta(source).get("categories")
+    try:
+        names = _meta(source).get("categories")
+    except ValueError:  # who wants the names is told, see categories()
+        names = None
     if names is not None:
         fix(kwargs, "num_classes", len(names))
     state = read(source) if isinstance(source, Path) else _fetch(source, progress)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_fused.predict.writer import COLUMNS, METADATA, Prediction
+from resnet_fused.predict.writer import COLUMNS, METADATA, Prediction, spelled
 
 SHOWN = 5
 READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, csv.Error)
@@ -139,7 +139,7 @@ def _checked(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[Prediction]
             if len(index) != len(prob) or len(index) != len(labels):
                 raise ValueError("index, label and prob must be equally long")
             prediction = Prediction(
-                str(row["filename"]), index, labels, prob, row.get("error") or None
+                spelled(str(row["filename"])), index, labels, prob, row.get("error") or None
             )
         except READ_ERRORS as error:
             what = f"{type(error).__name__}: {error}"

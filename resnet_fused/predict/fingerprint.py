@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import PIL
 import torch
@@ -16,6 +17,8 @@ from resnet_fused import _extension, dispatch
 from resnet_fused.predict.decode import torchvision_decoder
 from resnet_fused.predict.preprocess import Preprocessing
 from resnet_fused.report import report
+
+ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 if TYPE_CHECKING:
     from resnet_fused.predict.predictor import Predictor
@@ -31,7 +34,8 @@ def of(predictor: Predictor) -> dict[str, str]:
         "dtype": str(predictor.dtype).removeprefix("torch."),
         "top": str(predictor.top),
         "labels": "none" if predictor.labels is None else _short("\n".join(predictor.labels)),
-        "kernels": f"{' '.join(paths(predictor.model))} on {_machine(predictor.device)}",
+        "kernels": f"{' '.join(paths(predictor.model))} on {_machine(predictor.device)}"
+        + _settings(predictor),
         "version": resnet_fused.__version__,
     }
 
@@ -77,12 +81,29 @@ def _machine(device: torch.device) -> str:
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
+        else torch.backends.cpu.get_cpu_capability() + (" AMX" if _extension.amx() else "")
     )
     invariant = ", batch invariant" if dispatch.batch_invariant() else ""
     hopper = _extension.hopper() if device.type == "cuda" else ""
     kernels = f", RESNET_FUSED_HOPPER={hopper}" if hopper else ""
     return f"{where}, torch {torch.__version__}{invariant}{kernels}"
+
+
+def _settings(predictor: Predictor) -> str:
+    """What else changes the bits of PyTorch's own operations."""
+    backends: Any = torch.backends  # torch's annotations lack what it has
+    found = []
+    if predictor.dtype == torch.float32:
+        cuda = predictor.device.type == "cuda"
+        conv, matmul = (
+            (backends.cudnn.conv, backends.cuda.matmul)
+            if cuda
+            else (backends.mkldnn.conv, backends.mkldnn.matmul)
+        )
+        precisions = {"conv": conv.fp32_precision, "matmul": matmul.fp32_precision}
+        found += [f"{op} {p}" for op, p in precisions.items() if p not in ("none", "ieee")]
+    found += [f"{name}={os.environ[name]}" for name in ONEDNN if os.environ.get(name)]
+    return "".join(f", {text}" for text in found)
 
 
 def _short(text: str) -> str:

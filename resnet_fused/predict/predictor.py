@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,10 +74,11 @@ class Predictor:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if top < 1:
-            raise ValueError(f"top must be 1 or more, got {top}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {threads}")
+        for name, number in (("top", top), ("threads", threads)):
+            if number is not None and not isinstance(number, numbers.Integral):
+                raise ValueError(f"{name} must be an integer, got {number!r}")
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be 1 or more, got {number}")
         self.device = _device(device)
         self.dtype = DTYPES[dtype]
         self._threads = threads
@@ -84,6 +86,7 @@ class Predictor:
         self.model: nn.Module
         if isinstance(model, str):
             weights = _weights(weights, model)
+            self.weights = "random" if weights is None else str(weights)
             self.prep = _preprocessing(weights, preprocessing)
             self.name = model
             net: Any = _build(model, weights, progress)  # torch's annotations of to() lack this
@@ -93,6 +96,7 @@ class Predictor:
                 raise ValueError(
                     "weights must be None where model is a module; load them into it first"
                 )
+            self.weights = "its own"
             self.prep = _preprocessing(None, preprocessing)
             self.device = _check_module(model, self.dtype, self.device)
             self.name = fingerprint.name_of(model)
@@ -138,7 +142,14 @@ class Predictor:
             raise ValueError(
                 f"batch must not have the key {taken[0]!r}, which is a result's; rename yours"
             )
-        predictions = self.classify(self._load(kind, batch[kind]))
+        values = batch[kind]
+        one = values.ndim == 0 if isinstance(values, np.ndarray) else not hasattr(values, "__len__")
+        if one or isinstance(values, str | bytes | bytearray | os.PathLike):
+            raise ValueError(
+                f"{kind} must be an array or a list with one entry per image, got one "
+                f"{type(values).__name__}; put it into a list"
+            )
+        predictions = self.classify(self._load(kind, values))
         n = len(predictions)
         index = np.full((n, self.top), -1, np.int64)
         prob = np.full((n, self.top), np.nan, np.float32)
@@ -261,9 +272,10 @@ class Predictor:
             What the model returns: logits, shape [N, classes].
         """
         norm = self.model.__dict__.get(NAME)
-        if norm is not None and norm == InputNorm(self.prep.mean, self.prep.std):
-            return self.model(pixels.permute(0, 3, 1, 2))
-        return self.model(normalise(pixels, self.prep, self.dtype))
+        with torch.autocast(self.device.type, enabled=False):  # the caller's: dtype is ours to say
+            if norm is not None and norm == InputNorm(self.prep.mean, self.prep.std):
+                return self.model(pixels.permute(0, 3, 1, 2))
+            return self.model(normalise(pixels, self.prep, self.dtype))
 
     @torch.inference_mode()
     def _count_classes(self) -> int:
@@ -314,7 +326,8 @@ def _preprocessing(weights: Any, asked: Preprocessing | Mapping[str, Any] | None
 
 def _build(name: str, weights: Any, progress: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # "random" gives the same model every time
+        # "random" gives the same model every time. torch.manual_seed would seed every GPU, too.
+        torch.default_generator.manual_seed(0)
         model: nn.Module = getattr(models, name)(weights=weights, progress=progress)
     return model.eval()
 

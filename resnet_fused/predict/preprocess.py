@@ -7,6 +7,7 @@ The result differs from the usual order (to float, resize, crop, normalise) by a
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import input_norm
-from resnet_fused.input_norm import InputNorm
+from resnet_fused.input_norm import InputNorm, check_mean
 from resnet_fused.predict.decode import Decoded
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -60,6 +61,9 @@ class Preprocessing:
     origin: str = "the default for weights that name none"
 
     def __post_init__(self) -> None:
+        for name in ("resize", "crop"):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if not 1 <= self.crop <= self.resize:
             raise ValueError(
                 f"crop must be from 1 to resize ({self.resize}), got {self.crop}; "
@@ -72,6 +76,7 @@ class Preprocessing:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"{name} must have 3 values, got {len(getattr(self, name))}")
+        check_mean(self.mean)
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
 

@@ -46,8 +46,11 @@ def check(sources: Sequence[str]) -> None:
         raise ValueError("SOURCE must name at least one file, folder, glob, @list.txt or -")
     if list(sources).count("-") > 1:
         raise ValueError("SOURCE '-' (stdin) must be given at most once")
+    if "-" in sources and sys.stdin is None:
+        raise ValueError("SOURCE '-' is stdin, which is closed; give files, folders or @list.txt")
     for source in sources:
-        if source.startswith("@") and not os.path.isfile(source[1:]):
+        is_file = os.path.exists(source[1:]) and not os.path.isdir(source[1:])
+        if source.startswith("@") and not is_file:
             raise ValueError(
                 f"SOURCE {source!r} must be @ and a text file with one path per line, but there "
                 f"is no file {source[1:]!r}; write ./{source} for a file whose name begins with @"
@@ -71,12 +74,16 @@ def expand(sources: Sequence[str]) -> Iterator[Found]:
             yield from _lines(sys.stdin)
         elif source.startswith("@"):
             # surrogateescape: a name that is not UTF-8 still names its file.
-            with open(source[1:], encoding="utf-8-sig", errors="surrogateescape") as lines:
+            with open(
+                source[1:], encoding="utf-8-sig", errors="surrogateescape", newline="\n"
+            ) as lines:
                 yield from _lines(lines)
         elif glob.has_magic(source) and not os.path.lexists(source):
             matches = sorted(glob.iglob(source, recursive=True))
+            folders = {os.path.normpath(match) for match in matches if os.path.isdir(match)}
             for match in matches:
-                yield from _path(match)
+                if not _inside(match, folders):
+                    yield from _path(match)
             if not matches:
                 yield Found(source, "no file matches this pattern")
         else:
@@ -84,13 +91,24 @@ def expand(sources: Sequence[str]) -> Iterator[Found]:
 
 
 def count(sources: Sequence[str]) -> int | None:
-    """How many items ``expand`` will yield; None with stdin, which can be read only once."""
-    return None if "-" in sources else sum(1 for _ in expand(sources))
+    """How many items ``expand`` will yield; None with stdin or a pipe, which are read only once."""
+    once = any(s == "-" or (s[:1] == "@" and not os.path.isfile(s[1:])) for s in sources)
+    return None if once else sum(1 for _ in expand(sources))
+
+
+def _inside(path: str, folders: set[str]) -> bool:
+    """Whether one of the folders, which are searched as a whole, holds the path (as of `**`)."""
+    path = os.path.normpath(path)
+    while path not in (os.curdir, parent := os.path.dirname(path) or os.curdir):
+        if parent in folders:
+            return True
+        path = parent
+    return False
 
 
 def _lines(lines: Iterator[str]) -> Iterator[Found]:
     for line in lines:
-        path = line.rstrip("\r\n")
+        path = line.removesuffix("\n").removesuffix("\r")
         if path:
             yield from _path(path)
 
@@ -121,7 +139,13 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[Found]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            folder_too = entry.is_dir()
+        except OSError as error:  # a link to itself, or to where nobody may look
+            yield Found(entry.path, error.strerror or str(error))
+            continue
+        if folder_too:
             yield from _walk(entry.path, above | {real})
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            yield Found(entry.path)
+            odd = os.path.exists(entry.path) and not entry.is_file()
+            yield Found(entry.path, "is no regular file" if odd else None)

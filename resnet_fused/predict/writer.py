@@ -30,6 +30,11 @@ class Prediction:
     error: str | None = None
 
 
+def spelled(filename: str) -> str:
+    """A file name as text that any file can hold: a byte that is not UTF-8 becomes \\xff."""
+    return os.fsencode(filename).decode("utf-8", "backslashreplace")
+
+
 def csv_rows(prediction: Prediction) -> list[list[Any]]:
     """One row of COLUMNS per rank; a failed image has one row with only ``filename, error``."""
     if prediction.error is not None:
@@ -79,6 +84,7 @@ class Writer:
         self._file = _stdout() if self.part is None else _create(self.part)
         self._json = output is not None and output.lower().endswith(".jsonl")
         self._csv = csv.writer(self._file, lineterminator="\n")
+        self._quoting = csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         if not self._json:
             self._csv.writerow(COLUMNS)
 
@@ -87,7 +93,10 @@ class Writer:
         if self._json:
             self._file.write(json_line(prediction) + "\n")
         else:
-            self._csv.writerows(csv_rows(prediction))
+            for row in csv_rows(prediction):
+                # csv takes an unquoted \r for the end of a row, and does not quote it itself.
+                special = any("\r" in cell for cell in row if isinstance(cell, str))
+                (self._quoting if special else self._csv).writerow(row)
 
     def flush(self) -> None:
         """Hand over what was written, so that a reader of the pipe or of the part file sees it."""
@@ -115,6 +124,8 @@ def _create(path: str) -> TextIO:
 
 
 def _stdout() -> TextIO:
+    if sys.stdout is None:
+        raise ValueError("stdout is closed; give --output")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
     return sys.stdout

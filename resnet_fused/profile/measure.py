@@ -71,6 +71,17 @@ def measure(
     facts: Mapping[str, Any],
 ) -> Profile:
     """Time a subject; the arguments are those of `profile`."""
+    with machine.selected(found.device):
+        return _measure(found, budget_s, min_rounds, peaks, facts)
+
+
+def _measure(
+    found: Subject,
+    budget_s: float,
+    min_rounds: int,
+    peaks: Ceilings | None,
+    facts: Mapping[str, Any],
+) -> Profile:
     known = peaks or rates.ceilings(found.device, found.dtype)
     meter = machine.LoadMeter()
     calls: dict[str, Callable[[], object]] = {}

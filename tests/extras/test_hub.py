@@ -19,8 +19,10 @@ from torch import Tensor
 from resnet_cases import images, lively
 from resnet_fused import models
 from resnet_fused.cli.main import main
+from resnet_fused.cli.predict import announce
 from resnet_fused.models import categories, resnet18
 from resnet_fused.models.weights import resolve
+from resnet_fused.predict.predictor import Predictor
 from resnet_fused.predict.preprocess import Preprocessing, preprocessing_of
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -128,7 +130,6 @@ def without(*keys: str) -> dict[str, Any]:
         ({"model_args": {"act_layer": "silu"}}, "of a resnet18 with act_layer=silu"),
         (without("architecture"), "config.json must be timm's"),
         ({"model_args": 3}, "not what timm or transformers write"),
-        ({"label_names": {"0": "a", "5": "b"}}, "label_names .* must name every class"),
         ({"label_names": ["a", "b"]}, "name 2 classes .* last layer of 7; pass the path"),
     ],
 )
@@ -167,6 +168,21 @@ def test_preprocessing_that_predict_does_not_have(
         "std": (1, 1, 1),
     }
     assert preprocessing_of(weights, **own) == Preprocessing(**own, origin="as given")
+
+
+def test_names_of_classes_that_are_no_use(
+    cache: Path, state: State, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that cannot be had, although the user has names; which commit was taken."""
+    cached(cache, "lab/net", timm_files(state, label_names={"0": "a", "5": "b"}))
+    resnet18(weights=NAME)
+    with pytest.raises(ValueError, match="must name every class .* pass a file of names as labels"):
+        Predictor("resnet18", NAME)
+    names = [f"class {i}" for i in range(state["fc.weight"].shape[0])]
+    predictor = Predictor("resnet18", NAME, labels=names)
+    assert predictor.labels == names and predictor.weights == str(resolve(NAME, "resnet18"))
+    announce(predictor)
+    assert f"weights {predictor.weights}, fp32" in capsys.readouterr().err
 
 
 def test_what_a_config_leaves_out_is_timms_default(cache: Path, state: State) -> None:

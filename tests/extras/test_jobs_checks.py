@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -46,6 +48,51 @@ def test_the_largest_unit(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unit must be at most 10,000,000 images .*, got 10,000,0"):
         jobs.plan([str(source)], tmp_path / "out", MODEL, unit=10_000_001)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_read_in_several_threads(tmp_path: Path) -> None:
+    """Breaks if units that are done at the same time get each other's images, or crash pyarrow."""
+    found = [Found(f"{i}") for i in range(600)]
+    manifest.write(tmp_path, Header({}, 3, 1, "/"), found)
+    listed = Manifest(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        units = list(pool.map(listed.unit, [*range(200)] * 5))
+    assert [image for unit in units for image in unit] == found * 5
+
+
+def test_the_same_names_in_another_place(source: Path, tmp_path: Path) -> None:
+    """Breaks if a part is taken for one of other images whose relative names are equal."""
+    names = [Found("a.png"), Found("/b.png")]
+    ids = []
+    for number, (root, found) in enumerate([("/x", names), ("/y", names), ("/y", names[1:])]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        ids.append(manifest.write(folder, Header({}, 2, 1, root), found).sha256)
+    (tmp_path / "3").mkdir()
+    assert len(set(ids)) == 3
+    assert manifest.write(tmp_path / "3", Header({}, 2, 1, "/x"), names[1:]).sha256 == ids[2]
+
+
+def test_weights_that_change_between_units(source: Path, tmp_path: Path) -> None:
+    """Breaks if a part is written under the name of weights that it was not made with."""
+    own = predictor()
+    job = jobs.plan([str(source)], tmp_path / "out", own, unit=2)
+    job.do(0, own)
+    with torch.no_grad():
+        own.model.scale.mul_(2)
+    with pytest.raises(ValueError, match="begun with something else.*weights_sha256"):
+        job.do(1, own)
+    with torch.no_grad():
+        own.model.scale.mul_(0.5)
+    job.do(1, own)
+
+
+def test_another_parquet_file_in_a_parts_place(source: Path, tmp_path: Path) -> None:
+    """Breaks if a file that is none of ours is a traceback."""
+    job = jobs.plan([str(source)], tmp_path / "out", MODEL, unit=2)
+    job.path(0).write_bytes((job.folder / manifest.NAME).read_bytes())
+    with pytest.raises(ValueError, match="is not of this job; move it away"):
+        job.part(0)
 
 
 @pytest.mark.parametrize("change", [{"images": 6}, {"unit": 1}])
