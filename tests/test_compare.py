@@ -296,3 +296,15 @@ def test_wrong_pairs_and_options_are_refused(
     for wrong in ("-1", "x", "nan"):
         with pytest.raises(SystemExit, match="1"):
             main(["compare", times, times, "--fail-slower", wrong])
+
+
+@pytest.mark.parametrize(("other", "differ"), [(0.123457, 0), (0.123456788, 1), (0.123458, 1)])
+def test_six_digits_of_a_text_file_are_no_difference(
+    other: float, differ: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks if a job and the CSV of the same results differ in every image, or bits are lost."""
+    a = write_jsonl(folder / "a.jsonl", [image("x", [1], [0.123456789])])
+    b = write_jsonl(folder / "b.jsonl", [image("x", [1], [other])])
+    code, out, _ = compare(capsys, a, b)
+    assert code == 0 and f"1 images in both: {differ} differ" in out
+    assert ("probability: 0\n" in out) == (differ == 0)

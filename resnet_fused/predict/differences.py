@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_fused.predict.writer import COLUMNS, METADATA, Prediction, spelled
+from resnet_fused.predict.writer import COLUMNS, METADATA, Prediction, rounded, spelled
 
 SHOWN = 5
 READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, csv.Error)
@@ -204,12 +204,14 @@ class Tally:
                 self.only[side].append(lone.filename)
             return ""
         self.images += 1
-        self.differ += (a.index, a.prob, a.error) != (b.index, b.prob, b.error)
+        same = len(a.prob) == len(b.prob) and all(map(_same, a.prob, b.prob))
+        self.differ += not same or (a.index, a.error) != (b.index, b.error)
         if a.error is not None or b.error is not None:
             return self._add_failed(a, b)
         known = dict(zip(a.index, a.prob, strict=True))
         for index, prob in zip(b.index, b.prob, strict=True):
-            moved = abs(prob - known.get(index, prob))
+            before = known.get(index, prob)
+            moved = 0.0 if _same(before, prob) else abs(prob - before)
             if moved > self.moved:
                 self.moved, self.moved_at = moved, b.filename
         if a.index[:1] == b.index[:1]:
@@ -237,6 +239,11 @@ class Tally:
         )
         where = f" ({self.moved_at})" if self.moved_at else ""
         yield f"largest difference of a class's probability: {self.moved:.2g}{where}"
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether they are equal, or one is the other as CSV and JSON Lines have it."""
+    return a == b or rounded(a) == b or a == rounded(b)
 
 
 def _best(prediction: Prediction) -> str:

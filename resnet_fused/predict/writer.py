@@ -35,20 +35,25 @@ def spelled(filename: str) -> str:
     return os.fsencode(filename).decode("utf-8", "backslashreplace")
 
 
+def rounded(prob: float) -> float:
+    """A probability to six digits, as text files hold it."""
+    return float(f"{prob:.6g}")
+
+
 def csv_rows(prediction: Prediction) -> list[list[Any]]:
     """One row of COLUMNS per rank; a failed image has one row with only ``filename, error``."""
     if prediction.error is not None:
         return [[prediction.filename, None, None, None, None, prediction.error]]
     ranked = zip(prediction.index, prediction.label, prediction.prob, strict=True)
     return [
-        [prediction.filename, index, label, f"{prob:.6g}", rank, None]
+        [prediction.filename, index, label, f"{rounded(prob):g}", rank, None]
         for rank, (index, label, prob) in enumerate(ranked, 1)
     ]
 
 
 def json_line(prediction: Prediction) -> str:
     """One object with the fields of Prediction."""
-    return json.dumps({**asdict(prediction), "prob": [float(f"{p:.6g}") for p in prediction.prob]})
+    return json.dumps({**asdict(prediction), "prob": [rounded(p) for p in prediction.prob]})
 
 
 def check(output: str | None, overwrite: bool) -> None:
