@@ -92,8 +92,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         yield fake
 
 
-@pytest.fixture(autouse=True)
-def _defaults() -> None:
-    """The same random numbers for every test, and float32 that is float32, whatever ran before."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random numbers and PyTorch's own precisions for every test and all its fixtures."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
