@@ -215,6 +215,22 @@ def test_results_may_go_to_a_folder(tmp_path: Path) -> None:
     assert why_unwritable(places, stdout=("--csv",), folders=("--csv",)) == ""
 
 
+def test_a_file_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks if a full disk hides two minutes of measurements behind a traceback."""
+
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench, "_measure", lambda args: [])
+    monkeypatch.setattr(bench, "table", lambda rows: "the table")
+    monkeypatch.setattr(bench, "open_output", full)
+    assert main([*SMALL, "--json", str(tmp_path / "b.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "the table" in out and "bench: error: [Errno 28] No space left on device" in err
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

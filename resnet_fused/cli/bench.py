@@ -170,7 +170,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 if an argument cannot be met or resnet_fused gave a wrong result in any setting.
+        0, or 1 if an argument cannot be met, resnet_fused gave a wrong result in any setting, or a
+        file cannot be written.
     """
     wrong = _refuse(args)
     if wrong:
@@ -201,16 +202,23 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{text}", file=report)
     if others is not None and others > 0.1:
         print(f"warning: other processes used {others:.0%} of the CPUs meanwhile", file=report)
-    _write(args, rows, facts)
-    if args.plot:
-        _plot(times, args.plot, facts)
+    unwritten = False
+    try:
+        _write(args, rows, facts)
+        if args.plot:
+            _plot(times, args.plot, facts)
+    except BrokenPipeError:
+        raise  # main() knows what to do
+    except OSError as problem:
+        unwritten = True
+        print(f"resnet-fused bench: error: {problem}", file=sys.stderr)
     failed = [row for row in rows if not row.agrees]
     for row in failed:
         error = "no result" if row.max_err is None else f"error {row.max_err:.1e}"
         print(
             f"WRONG: {row.contender} in {row.setting}: {error}, bound {row.bound:.1e}", file=report
         )
-    return 1 if failed else 0
+    return 1 if failed or unwritten else 0
 
 
 def _write(
