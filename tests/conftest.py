@@ -13,6 +13,7 @@ import torch
 
 import resnet_fused
 from fake_graphs import FakeCuda
+from resnet_cases import lively
 from resnet_fused import _extension
 from resnet_fused.graphs import calls, capture
 
@@ -90,6 +91,15 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`torch.jit")
         yield fake
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of weights for a ResNet-18 of seven classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "seven.pth"
+    torch.save(lively(resnet_fused.resnet18(num_classes=7)).state_dict(), path)
+    return str(path)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,23 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_cases import lively
 from resnet_fused import Predictor, _extension
-from resnet_fused.models import resnet18
 from resnet_fused.predict import fingerprint as fingerprints
 from resnet_fused.predict.preprocess import Preprocessing
 
 CLASSES = 7
 NAMES = [f"class {i}" for i in range(CLASSES)]
 PREP = Preprocessing(resize=40, crop=33)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "seven.pth"
-    torch.save(lively(resnet18(num_classes=CLASSES)).state_dict(), path)
-    return str(path)
 
 
 def test_settings_of_pytorch_are_in_it(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_cases import lively
 from resnet_fused import __version__
 from resnet_fused.cli.main import COMMANDS, main
 from resnet_fused.models import resnet18
@@ -29,14 +28,6 @@ SMALL = ["--model", "resnet18", "--resize", "40", "--crop", "33"]
 
 # Not the repository root, whose source tree would hide the installed package.
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "seven.pth"
-    torch.save(lively(resnet18(num_classes=CLASSES)).state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_cases import lively
 from resnet_fused.cli.main import main
-from resnet_fused.models import resnet18
 from resnet_fused.predict import pipeline, sources
 from resnet_fused.predict.differences import read
 from resnet_fused.predict.sources import Found, expand
@@ -26,14 +24,6 @@ from resnet_fused.predict.writer import Prediction, Writer, spelled
 
 HERE = Path(__file__).parent  # not the root, whose source tree would hide the installed package
 SMALL = ["--model", "resnet18", "--resize", "40", "--crop", "33", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "seven.pth"
-    torch.save(lively(resnet18(num_classes=7)).state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture

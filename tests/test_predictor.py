@@ -18,24 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_cases import lively
 from resnet_fused import Predictor
 from resnet_fused.cli.main import main
-from resnet_fused.models import resnet18
 from resnet_fused.predict.preprocess import Preprocessing
 
 CLASSES = 7
 NAMES = [f"class {i}" for i in range(CLASSES)]
 PREP = Preprocessing(resize=40, crop=33)
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "seven.pth"
-    torch.save(lively(resnet18(num_classes=CLASSES)).state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

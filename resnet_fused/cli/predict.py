@@ -194,7 +194,7 @@ def _run_job(args: argparse.Namespace, folder: str, predictor: Predictor, where:
     try:
         failed = job.run(args, folder, predictor, where)
     except (OSError, RuntimeError, ValueError, pipeline.TooManyErrors) as problem:
-        if type(problem) is RuntimeError and not lacks_memory(problem):
+        if isinstance(problem, RuntimeError) and not lacks_memory(problem):
             raise  # a mistake in the model
         who = "" if where.world == 1 else f"rank {where.rank}: "
         return _fail(f"{who}{reason(problem)}")

@@ -49,11 +49,11 @@ def check(sources: Sequence[str]) -> None:
     if "-" in sources and sys.stdin is None:
         raise ValueError("SOURCE '-' is stdin, which is closed; give files, folders or @list.txt")
     for source in sources:
-        is_file = os.path.exists(source[1:]) and not os.path.isdir(source[1:])
-        if source.startswith("@") and not is_file:
+        path = source.removeprefix("@")
+        if source != path and (os.path.isdir(path) or not os.path.exists(path)):
             raise ValueError(
                 f"SOURCE {source!r} must be @ and a text file with one path per line, but there "
-                f"is no file {source[1:]!r}; write ./{source} for a file whose name begins with @"
+                f"is no file {path!r}; write ./{source} for a file whose name begins with @"
             )
 
 

@@ -46,7 +46,7 @@ def csv_rows(prediction: Prediction) -> list[list[Any]]:
         return [[prediction.filename, None, None, None, None, prediction.error]]
     ranked = zip(prediction.index, prediction.label, prediction.prob, strict=True)
     return [
-        [prediction.filename, index, label, f"{rounded(prob):g}", rank, None]
+        [prediction.filename, index, label, f"{prob:.6g}", rank, None]
         for rank, (index, label, prob) in enumerate(ranked, 1)
     ]
 

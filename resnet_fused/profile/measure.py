@@ -60,7 +60,8 @@ def profile(
         RuntimeError: its operations differ from call to call.
     """
     found = subject(model, x)
-    return measure(found, budget_s, min_rounds, peaks, facts or {})
+    with machine.selected(found.device):
+        return measure(found, budget_s, min_rounds, peaks, facts or {})
 
 
 def measure(
@@ -70,18 +71,7 @@ def measure(
     peaks: Ceilings | None,
     facts: Mapping[str, Any],
 ) -> Profile:
-    """Time a subject; the arguments are those of `profile`."""
-    with machine.selected(found.device):
-        return _measure(found, budget_s, min_rounds, peaks, facts)
-
-
-def _measure(
-    found: Subject,
-    budget_s: float,
-    min_rounds: int,
-    peaks: Ceilings | None,
-    facts: Mapping[str, Any],
-) -> Profile:
+    """Time a subject on the current device; the arguments are those of `profile`."""
     known = peaks or rates.ceilings(found.device, found.dtype)
     meter = machine.LoadMeter()
     calls: dict[str, Callable[[], object]] = {}

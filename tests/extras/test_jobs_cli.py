@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pq = pytest.importorskip("pyarrow.parquet")
 
 from job_cases import contents, photos  # noqa: E402
 
-from resnet_cases import lively  # noqa: E402
 from resnet_fused.cli.main import main  # noqa: E402
-from resnet_fused.models import resnet18  # noqa: E402
 
 HERE = Path(__file__).parent
 SMALL = ["--model", "resnet18", "--resize", "8", "--crop", "8", "--unit", "3"]
@@ -30,13 +27,6 @@ SMALL = ["--model", "resnet18", "--resize", "8", "--crop", "8", "--unit", "3"]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return photos(tmp_path_factory.mktemp("cli") / "photos", 8, broken=(1, 4))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "seven.pth"
-    torch.save(lively(resnet18(num_classes=7)).state_dict(), path)
-    return str(path)
 
 
 def predict(*arguments: object) -> int:

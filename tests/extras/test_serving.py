@@ -27,9 +27,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_cases import lively
 from resnet_fused import Predictor, set_batch_invariant
-from resnet_fused.models import resnet18
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRITON = EXAMPLES / "triton" / "resnet50"
@@ -39,14 +37,6 @@ NO_IMAGE = "no image in a format that Pillow can read"
 class Reply(NamedTuple):
     status: int
     content: Any
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "seven.pth"
-    torch.save(lively(resnet18(num_classes=7)).state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
